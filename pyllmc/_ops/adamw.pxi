@@ -1,0 +1,101 @@
+# The optimizer's two passes over memory: the norm of the gradient, and the update.
+
+cdef enum:
+    NORM_STRIP = 16384      # elements of one partial sum of the norm; fixed, so that it does not depend on the threads
+
+
+cdef struct AdamW:
+    float beta1
+    float beta2
+    float eps
+    float grad_scale
+    float step_size         # learning_rate / (1 - beta1^step)
+    float root_scale        # 1 / sqrt(1 - beta2^step)
+    float decay             # learning_rate * weight_decay
+
+
+cdef void adamw_strip(const AdamW* o, float* param, const float* grad, float* m, float* v, Py_ssize_t i,
+                      Py_ssize_t stop) noexcept nogil:
+    cdef vfloat g, mean, square, w, denominator
+    cdef Py_ssize_t n
+    while i < stop:
+        n = smaller(W, stop - i)
+        g = vmul(load_some(grad + i, n), vset1(o.grad_scale))
+        mean = load_some(m + i, n)
+        mean = vfma(vset1(1.0 - o.beta1), vsub(g, mean), mean)
+        square = load_some(v + i, n)
+        square = vfma(vset1(1.0 - o.beta2), vsub(vmul(g, g), square), square)
+        store_some(m + i, mean, n)
+        store_some(v + i, square, n)
+        w = load_some(param + i, n)
+        denominator = vfma(vsqrt(square), vset1(o.root_scale), vset1(o.eps))
+        g = vdiv(vmul(mean, vset1(o.step_size)), denominator)
+        store_some(param + i, vsub(w, vfma(w, vset1(o.decay), g)), n)
+        i += W
+
+
+cdef double square_strip(const float* x, Py_ssize_t i, Py_ssize_t stop) noexcept nogil:
+    cdef double total = 0.0
+    while i < stop:
+        total += vsum_squares(load_some(x + i, smaller(W, stop - i)))
+        i += W
+    return total
+
+
+def adamw_update(param, grad, m, v, *, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale=1.0,
+                 master=None, seed=0):
+    """g = grad_scale grad,  m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
+    param = param - learning_rate (m' / (sqrt(v') + eps) + weight_decay param),  m' = m / (1 - beta1^step), v' likewise
+
+    param, grad, m, v: float32, one shape; param, m and v are updated in place, grad is only read.
+    step counts from 1. master and seed serve backends whose parameters are not float32: here master must be None.
+    Returns None. Raises ValueError for a wrong shape, dtype, order or overlap, for step < 1, for master.
+    Split into strips of 8192 elements.
+    Source: Loshchilov & Hutter (2019), arXiv 1711.05101; llm.c train_gpt2.c gpt2_update.
+    """
+    cdef Operands arrays = Operands("adamw_update")
+    cdef tuple shape = arrays.shape("param", param, 0)
+    if master is not None:
+        raise arrays.error("master must be None: float32 parameters are their own master copy")
+    if step < 1:
+        raise arrays.error(f"step counts from 1, got {step}")
+    cdef float* w = arrays.out("param", param, shape)
+    cdef const float* g = arrays.inp("grad", grad, shape)
+    cdef float* mean = arrays.out("m", m, shape)
+    cdef float* square = arrays.out("v", v, shape)
+    arrays.done()
+    cdef AdamW o
+    o.beta1, o.beta2, o.eps, o.grad_scale = beta1, beta2, eps, grad_scale
+    o.step_size = learning_rate / (1.0 - beta1 ** step)
+    o.root_scale = 1.0 / (1.0 - beta2 ** step) ** 0.5
+    o.decay = learning_rate * weight_decay
+    cdef Py_ssize_t n = product(shape), i
+    cdef int t = team(4.0 * n, strips(n))
+    for i in prange(strips(n), nogil=True, num_threads=t, schedule="static"):
+        adamw_strip(&o, w, g, mean, square, i * STRIP, smaller(n, (i + 1) * STRIP))
+
+
+def global_norm(array, *, out=None):
+    """out = sqrt(sum of array^2)
+
+    array: float32, any shape. out: float32 (), overwritten. Returns out.
+    Squares and sums are float64: no overflow, no lost small terms. Split into strips of 16384 elements, added in order.
+    Raises ValueError for a wrong shape, dtype, order or overlap. Source: llm.c global_norm.cuh.
+    """
+    cdef Operands arrays = Operands("global_norm")
+    cdef tuple shape = arrays.shape("array", array, 0)
+    out = given(out, ())
+    cdef const float* x = arrays.inp("array", array, shape)
+    cdef float* norm = arrays.out("out", out, ())
+    arrays.done()
+    cdef Py_ssize_t n = product(shape), count = (n + NORM_STRIP - 1) // NORM_STRIP, i
+    cdef Scratch scratch = Scratch(2 * count)
+    cdef double* partial = <double*> scratch.floats()
+    cdef double total = 0.0
+    cdef int t = team(n, count)
+    for i in prange(count, nogil=True, num_threads=t, schedule="static"):
+        partial[i] = square_strip(x, i * NORM_STRIP, smaller(n, (i + 1) * NORM_STRIP))
+    for i in range(count):
+        total += partial[i]
+    norm[0] = <float> (total ** 0.5)
+    return out

@@ -1,0 +1,257 @@
+# What every op needs before its arithmetic: the number of threads, scratch memory, and checked operands.
+# Included first into each ISA module.
+
+cimport cython
+from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer)
+from cpython.object cimport PyObject
+from cython.parallel cimport prange, threadid
+from libc.stdlib cimport free
+from libc.stdint cimport int32_t, uintptr_t
+from libc.string cimport memcpy, memset, strcmp
+
+from pyllmc._ops.simd cimport *
+
+import numpy
+
+cdef extern from "stdlib.h" nogil:
+    int posix_memalign(void** pointer, size_t alignment, size_t size) noexcept
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+cdef int thread_cap = 0     # the container's share of the processors, 1 in a forked child, 0 where there is no cap
+
+
+def limit_threads(int cap):
+    """Never use more than `cap` threads, whatever OpenMP says; 0 lifts the cap. Called by pyllmc._ops.isa."""
+    global thread_cap
+    thread_cap = cap
+
+
+def get_num_threads() -> int:
+    """Threads that the next op may use: OpenMP's count now (OMP_NUM_THREADS, affinity, threadpoolctl), capped by the
+    container's share."""
+    return threads()
+
+
+def set_num_threads(int num_threads) -> None:
+    """Threads for the ops called from this Python thread from now on (the same as omp_set_num_threads)."""
+    if num_threads < 1:
+        raise ValueError(f"set_num_threads: the number of threads must be at least 1, got {num_threads}")
+    set_omp_threads(num_threads)
+
+
+cdef inline int threads() noexcept:
+    cdef int n = omp_threads()
+    if thread_cap > 0 and n > thread_cap:
+        n = thread_cap
+    return n if n > 1 else 1
+
+
+cdef inline int team(double work, Py_ssize_t items) noexcept:
+    """Threads for `items` independent pieces of `work` floats (or multiplications) in all: a parallel region costs
+    about as much as 10,000 of them. The split never changes a result, so this is a matter of speed alone."""
+    cdef int n = threads()
+    if work < 20000.0:
+        return 1
+    if n > items:
+        n = <int> items
+    return n if n > 1 else 1
+
+
+# ---- scratch --------------------------------------------------------------------------------------------------------
+# Working memory belongs to the call, so that several Python threads can run ops at once; blocks go back to a small
+# pool, so that a training step allocates nothing after the first. The pool is touched under the GIL only.
+
+cdef enum:
+    POOL = 8
+
+cdef struct Block:
+    char* data
+    size_t size
+
+cdef Block pool[POOL]
+
+
+@cython.final
+@cython.freelist(8)
+cdef class Scratch:
+    """`count` floats, 64-byte aligned, contents undefined; returned to the pool when the object goes."""
+    cdef Block block
+
+    def __cinit__(self, Py_ssize_t count):
+        cdef size_t size = <size_t> (count if count > 0 else 1) * sizeof(float) + 64
+        cdef void* data = NULL
+        cdef int i, best = -1
+        for i in range(POOL):
+            if pool[i].size >= size and (best < 0 or pool[i].size < pool[best].size):
+                best = i
+        if best >= 0:
+            self.block = pool[best]
+            pool[best].data = NULL
+            pool[best].size = 0
+            return
+        if posix_memalign(&data, 64, size):
+            raise MemoryError(f"no memory for {size} bytes of scratch")
+        self.block.data = <char*> data
+        self.block.size = size
+
+    def __dealloc__(self):
+        cdef int i, smallest = 0
+        for i in range(1, POOL):
+            if pool[i].size < pool[smallest].size:
+                smallest = i
+        if pool[smallest].size < self.block.size:
+            free(pool[smallest].data)
+            pool[smallest] = self.block
+        else:
+            free(self.block.data)
+
+    cdef float* floats(self) noexcept:
+        return <float*> self.block.data
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    MAX_OPERANDS = 12
+
+
+cdef object float32 = numpy.dtype("float32")
+cdef object int32 = numpy.dtype("int32")
+cdef object ndarray = numpy.ndarray
+cdef object new_array = numpy.empty
+cdef object new_zeros = numpy.zeros
+
+
+@cython.final
+@cython.freelist(8)
+cdef class Operands:
+    """The arrays of one call of one op: each checked as it is named, all held against overlap by `done`.
+
+    An op names its inputs (`inp`, `tokens`), then its outputs (`out`), then calls `done`; nothing is written before.
+    The pointers stay good for the length of the call, because the caller's arguments hold the arrays, and numpy
+    does not resize an array that is referenced.
+    """
+    cdef str op
+    cdef int count
+    cdef list names
+    cdef list may_be
+    cdef uintptr_t start[MAX_OPERANDS]
+    cdef uintptr_t stop[MAX_OPERANDS]
+    cdef bint written[MAX_OPERANDS]
+
+    def __cinit__(self, str op):
+        self.op = op
+        self.count = 0
+        self.names = []
+        self.may_be = []
+
+    cdef object error(self, str text):
+        return ValueError(f"{self.op}: {text}")
+
+    cdef tuple shape(self, str name, object array, int min_ndim=1, int max_ndim=32):
+        """The shape of an input that decides the sizes; never empty."""
+        if not isinstance(array, ndarray):
+            raise self.error(f"{name} must be a numpy array, got {type(array).__name__}")
+        cdef tuple shape = array.shape
+        cdef int ndim = len(shape)
+        if ndim < min_ndim or ndim > max_ndim:
+            wanted = f"{min_ndim}" if min_ndim == max_ndim else f"at least {min_ndim}"
+            raise self.error(f"{name} must have {wanted} dimension{'' if wanted.endswith('1') else 's'}, "
+                             f"got shape {shape}")
+        if 0 in shape:
+            raise self.error(f"{name} is empty: its shape is {shape}")
+        return shape
+
+    cdef void* add(self, str name, object array, tuple shape, object dtype, bint written, tuple may_be) except NULL:
+        if not isinstance(array, ndarray):
+            raise self.error(f"{name} must be a numpy array of {dtype.name}, got {type(array).__name__}")
+        if array.dtype is not dtype and array.dtype != dtype:
+            raise self.error(f"{name} must be {dtype.name}, got {array.dtype}")
+        if shape is not None and array.shape != shape:
+            raise self.error(f"{name} must have shape {shape}, got {array.shape}")
+        cdef object flags = array.flags
+        if not flags.c_contiguous:
+            raise self.error(f"{name} must be in C order without gaps; numpy.ascontiguousarray makes it so")
+        if not flags.aligned:
+            raise self.error(f"{name} must be aligned to its item size")
+        if written and not flags.writeable:
+            raise self.error(f"{name} is an output but read-only")
+        cdef Py_buffer buffer
+        PyObject_GetBuffer(array, &buffer, PyBUF_ND)
+        cdef void* data = buffer.buf
+        cdef int i = self.count
+        self.names.append(name)
+        self.start[i] = <uintptr_t> data
+        self.stop[i] = <uintptr_t> data + <uintptr_t> buffer.len
+        self.written[i] = written
+        self.may_be.append(may_be)
+        self.count = i + 1
+        PyBuffer_Release(&buffer)
+        return data
+
+    cdef const float* inp(self, str name, object array, tuple shape) except NULL:
+        return <const float*> self.add(name, array, shape, float32, False, None)
+
+    cdef const int32_t* ints(self, str name, object array, tuple shape, Py_ssize_t limit,
+                             bint allow_ignored=False) except NULL:
+        """An int32 input whose values must lie in [0, limit); -1 is let through where it means "not counted"."""
+        cdef const int32_t* data = <const int32_t*> self.add(name, array, shape, int32, False, None)
+        cdef Py_ssize_t i, n = (self.stop[self.count - 1] - self.start[self.count - 1]) // sizeof(int32_t)
+        cdef Py_ssize_t lowest = -1 if allow_ignored else 0
+        for i in range(n):
+            if data[i] < lowest or data[i] >= limit:
+                index = tuple([int(k) for k in numpy.unravel_index(i, shape)])
+                raise self.error(f"{name}{list(index)} is {data[i]}, but must lie in 0..{limit - 1}"
+                                 + (" or be -1 (not counted)" if allow_ignored else ""))
+        return data
+
+    cdef float* out(self, str name, object array, tuple shape, tuple may_be=None) except NULL:
+        """An output. `may_be` names operands that it may be identical to; any other overlap is an error."""
+        return <float*> self.add(name, array, shape, float32, True, may_be)
+
+    cdef int done(self) except -1:
+        cdef int i, j
+        for i in range(self.count):
+            if not self.written[i]:
+                continue
+            for j in range(self.count):
+                if i == j or self.start[i] >= self.stop[j] or self.start[j] >= self.stop[i]:
+                    continue
+                if self.start[i] == self.start[j] and self.stop[i] == self.stop[j]:
+                    if self.may_be[i] is not None and self.names[j] in self.may_be[i]:
+                        continue
+                    if self.may_be[j] is not None and self.names[i] in self.may_be[j]:
+                        continue
+                raise self.error(f"{self.names[i]} overlaps {self.names[j]} in memory")
+        return 0
+
+
+cdef inline Py_ssize_t product(tuple shape):
+    cdef Py_ssize_t n = 1
+    for size in shape:
+        n *= <Py_ssize_t> size
+    return n
+
+
+cdef inline object given(object array, tuple shape):
+    """The caller's output, or a new one."""
+    return new_array(shape, float32) if array is None else array
+
+
+cdef inline object given_gradient(object array, tuple shape, bint accumulate):
+    """The caller's gradient of a parameter, or a new one: of zeros where it will be added to."""
+    return new_zeros(shape, float32) if array is None and accumulate else given(array, shape)
+
+
+cdef inline Py_ssize_t round_up(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
+    return (n + multiple - 1) // multiple * multiple
+
+
+cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a < b else b
+
+
+cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return a if a > b else b

@@ -1,0 +1,99 @@
+# Token and position embedding: the first thing a step does, and, backward, the last.
+
+cdef enum:
+    ENCODER_CHANNELS = 64       # channels of one item of the backward pass
+
+
+cdef void encode_row(const int32_t* tokens, const float* wte, const float* wpe, float* out, Py_ssize_t row,
+                     Py_ssize_t T, Py_ssize_t C) noexcept nogil:
+    cdef const float* token = wte + <Py_ssize_t> tokens[row] * C
+    cdef const float* position = wpe + row % T * C
+    cdef Py_ssize_t j = 0, n
+    out += row * C
+    while j < C:
+        n = smaller(W, C - j)
+        store_some(out + j, vadd(load_some(token + j, n), load_some(position + j, n)), n)
+        j += W
+
+
+cdef void scatter_item(const float* dout, const int32_t* tokens, float* dwte, float* dwpe, Py_ssize_t rows,
+                       Py_ssize_t T, Py_ssize_t C, Py_ssize_t item) noexcept nogil:
+    """All rows, in order, for one strip of channels: no two threads touch one element, so no order is left open."""
+    cdef Py_ssize_t first = item * ENCODER_CHANNELS, stop = smaller(C, first + ENCODER_CHANNELS), row, j, n
+    cdef vfloat x
+    cdef float* token
+    cdef float* position
+    for row in range(rows):
+        token = dwte + <Py_ssize_t> tokens[row] * C
+        position = dwpe + row % T * C
+        j = first
+        while j < stop:
+            n = smaller(W, stop - j)
+            x = load_some(dout + row * C + j, n)
+            store_some(token + j, vadd(load_some(token + j, n), x), n)
+            store_some(position + j, vadd(load_some(position + j, n), x), n)
+            j += W
+
+
+def encoder_forward(tokens, wte, wpe, *, out=None):
+    """out[b, t] = wte[tokens[b, t]] + wpe[t]
+
+    tokens: int32 (B, T), each in 0..V-1. wte: float32 (V, C). wpe: float32 (maxT, C), T <= maxT.
+    out: float32 (B, T, C), overwritten. Returns out. Backward needs tokens.
+    Raises ValueError for a wrong shape, dtype, order or overlap, for T > maxT and for a token outside the table.
+    Split over rows. Source: llm.c train_gpt2.c encoder_forward.
+    """
+    cdef Operands arrays = Operands("encoder_forward")
+    cdef tuple token_shape = arrays.shape("tokens", tokens, 2, 2)
+    cdef tuple wte_shape = arrays.shape("wte", wte, 2, 2), wpe_shape = arrays.shape("wpe", wpe, 2, 2)
+    cdef Py_ssize_t T = token_shape[1], C = wte_shape[1], rows = product(token_shape), row
+    if T > <Py_ssize_t> wpe_shape[0]:
+        raise arrays.error(f"tokens has {T} positions, but wpe only {wpe_shape[0]}")
+    cdef tuple shape = token_shape + (wte_shape[1],)
+    out = given(out, shape)
+    cdef const int32_t* ids = arrays.ints("tokens", tokens, token_shape, wte_shape[0])
+    cdef const float* table = arrays.inp("wte", wte, wte_shape)
+    cdef const float* positions = arrays.inp("wpe", wpe, (wpe_shape[0], wte_shape[1]))
+    cdef float* y = arrays.out("out", out, shape)
+    arrays.done()
+    cdef int t = team(<double> rows * C, rows)
+    for row in prange(rows, nogil=True, num_threads=t, schedule="static"):
+        encode_row(ids, table, positions, y, row, T, C)
+    return out
+
+
+def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate=False, tied=False):
+    """dwte[v] (+)= sum of dout[b, t] where tokens[b, t] = v,  dwpe[t] (+)= sum over b of dout[b, t]
+
+    dout: float32 (B, T, C). tokens: int32 (B, T). wte (V, C) and wpe (maxT, C): only their shapes are read.
+    dwte (V, C), dwpe (maxT, C): float32, overwritten (rows that do not occur become 0), or added to with
+    accumulate=True. tied=True: dwte already holds the gradient of the tied LM head and is always added to.
+    Returns dwte, dwpe. Raises ValueError for a wrong shape, dtype, order or overlap, for a token outside the table,
+    and for tied without dwte. Split over strips of 64 channels, each of which adds the rows in order.
+    Source: llm.c train_gpt2.c encoder_backward.
+    """
+    cdef Operands arrays = Operands("encoder_backward")
+    cdef tuple token_shape = arrays.shape("tokens", tokens, 2, 2)
+    cdef tuple wte_shape = arrays.shape("wte", wte, 2, 2), wpe_shape = arrays.shape("wpe", wpe, 2, 2)
+    cdef Py_ssize_t T = token_shape[1], C = wte_shape[1], rows = product(token_shape), item
+    cdef bint add = accumulate, add_wte = accumulate or tied
+    if T > <Py_ssize_t> wpe_shape[0]:
+        raise arrays.error(f"tokens has {T} positions, but wpe only {wpe_shape[0]}")
+    if tied and dwte is None:
+        raise arrays.error("tied=True adds to dwte, so dwte must be given")
+    wpe_shape = (wpe_shape[0], wte_shape[1])
+    dwte, dwpe = given_gradient(dwte, wte_shape, add), given_gradient(dwpe, wpe_shape, add)
+    cdef const float* dy = arrays.inp("dout", dout, token_shape + (wte_shape[1],))
+    cdef const int32_t* ids = arrays.ints("tokens", tokens, token_shape, wte_shape[0])
+    cdef float* token = arrays.out("dwte", dwte, wte_shape)
+    cdef float* position = arrays.out("dwpe", dwpe, wpe_shape)
+    arrays.done()
+    if not add_wte:
+        memset(token, 0, product(wte_shape) * sizeof(float))
+    if not add:
+        memset(position, 0, product(wpe_shape) * sizeof(float))
+    cdef Py_ssize_t items = (C + ENCODER_CHANNELS - 1) // ENCODER_CHANNELS
+    cdef int t = team(<double> rows * C, items)
+    for item in prange(items, nogil=True, num_threads=t, schedule="static"):
+        scatter_item(dy, ids, token, position, rows, T, C, item)
+    return dwte, dwpe

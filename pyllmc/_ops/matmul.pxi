@@ -1,0 +1,147 @@
+# The linear layer. The product itself is gemm.pxi's; here are the shapes, what is fused into it, and dbias.
+
+cdef enum:
+    COLUMN_CHUNKS = 16      # row chunks of a column sum; fixed, so that the sum does not depend on the threads
+    COLUMN_STRIP = 256      # columns of one item of a column sum
+
+
+cdef void column_sum_item(const float* x, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t item,
+                          float* partial) noexcept nogil:
+    """partial[chunk, j] = sum of x[i, j] over the rows of one chunk, for one strip of columns."""
+    cdef Py_ssize_t chunk = item % COLUMN_CHUNKS, first = item // COLUMN_CHUNKS * COLUMN_STRIP
+    cdef Py_ssize_t stop = smaller(columns, first + COLUMN_STRIP)
+    cdef Py_ssize_t i, i_stop = rows * (chunk + 1) // COLUMN_CHUNKS, j, n
+    cdef float* sums = partial + chunk * columns
+    memset(sums + first, 0, (stop - first) * sizeof(float))
+    i = rows * chunk // COLUMN_CHUNKS
+    while i < i_stop:
+        j = first
+        while j < stop:
+            n = smaller(W, stop - j)
+            store_some(sums + j, vadd(load_some(sums + j, n), load_some(x + i * columns + j, n)), n)
+            j += W
+        i += 1
+
+
+cdef void add_partials(const float* partial, Py_ssize_t chunks, Py_ssize_t columns, float* out,
+                       bint accumulate) noexcept nogil:
+    """out[j] (+)= sum over chunks of partial[chunk, j], in order."""
+    cdef Py_ssize_t j = 0, c, n
+    cdef vfloat x
+    while j < columns:
+        n = smaller(W, columns - j)
+        x = load_some(partial + j, n)
+        for c in range(1, chunks):
+            x = vadd(x, load_some(partial + c * columns + j, n))
+        if accumulate:
+            x = vadd(load_some(out + j, n), x)
+        store_some(out + j, x, n)
+        j += W
+
+
+cdef int column_sum(const float* x, Py_ssize_t rows, Py_ssize_t columns, float* out, bint accumulate) except -1:
+    """out[j] (+)= sum of x[i, j] over i."""
+    cdef Scratch partial = Scratch(COLUMN_CHUNKS * columns)
+    cdef float* sums = partial.floats()
+    cdef Py_ssize_t items = COLUMN_CHUNKS * ((columns + COLUMN_STRIP - 1) // COLUMN_STRIP), item
+    cdef int t = team(<double> rows * columns, items)
+    for item in prange(items, nogil=True, num_threads=t, schedule="static"):
+        column_sum_item(x, rows, columns, item, sums)
+    add_partials(sums, COLUMN_CHUNKS, columns, out, accumulate)
+    return 0
+
+
+def matmul_forward(inp, weight, bias=None, *, residual=None, gelu=False, pre_gelu=None, out=None):
+    """out = inp weight^T + bias + residual, or with gelu: pre_gelu = inp weight^T + bias, out = gelu(pre_gelu) + residual
+
+    inp: float32 (..., C). weight: float32 (OC, C). bias: float32 (OC) or None. residual: float32 (..., OC) or None.
+    out, pre_gelu: float32 (..., OC), overwritten; out may be residual. Returns out, or out, pre_gelu with gelu=True.
+    Backward needs inp and weight, and with gelu pre_gelu.
+    Raises ValueError for a wrong shape, dtype, order or overlap, and for pre_gelu without gelu.
+    Split over blocks of rows and groups of columns; each sum is one thread's, so the bits do not depend on the split.
+    Each element is within 1e-6 of |inp| |weight|^T. Source: llm.c train_gpt2.c matmul_forward; blocking as in BLIS.
+    """
+    cdef Operands arrays = Operands("matmul_forward")
+    cdef tuple inp_shape = arrays.shape("inp", inp), weight_shape = arrays.shape("weight", weight, 2, 2)
+    cdef tuple shape = inp_shape[:-1] + (weight_shape[0],)
+    cdef bint with_gelu = gelu
+    if pre_gelu is not None and not with_gelu:
+        raise arrays.error("pre_gelu is an output of gelu=True only")
+    out = given(out, shape)
+    if with_gelu:
+        pre_gelu = given(pre_gelu, shape)
+    cdef Product p = new_product(product(inp_shape[:-1]), weight_shape[0], inp_shape[-1])
+    p.a = arrays.inp("inp", inp, inp_shape)
+    p.b = arrays.inp("weight", weight, (weight_shape[0], inp_shape[-1]))
+    p.bias = arrays.inp("bias", bias, (weight_shape[0],)) if bias is not None else NULL
+    p.residual = arrays.inp("residual", residual, shape) if residual is not None else NULL
+    p.c = arrays.out("out", out, shape, ("residual",))
+    if with_gelu:
+        p.gelu_out = p.c
+        p.c = arrays.out("pre_gelu", pre_gelu, shape)
+    elif p.residual == p.c:
+        p.accumulate = True     # the residual lies where the sums go: they start from it
+        p.residual = NULL
+    arrays.done()
+    p.lda = p.ldb = p.k
+    gemm(&p)
+    return (out, pre_gelu) if with_gelu else out
+
+
+def matmul_backward(dout, inp, weight, *, bias=True, pre_gelu=None, dinp=None, dweight=None, dbias=None,
+                    accumulate=False):
+    """dinp = dout weight,  dweight (+)= dout^T inp,  dbias (+)= column sums of dout
+
+    dout: float32 (..., OC). inp: float32 (..., C). weight: float32 (OC, C). bias: whether there is one; dbias is None
+    where not. pre_gelu: float32 (..., C), where inp = gelu(pre_gelu): then dinp = (dout weight) * gelu'(pre_gelu), the
+    gradient with respect to pre_gelu.
+    dinp: float32 (..., C), overwritten. dweight (OC, C), dbias (OC): overwritten, or added to with accumulate=True.
+    Returns dinp, dweight, dbias. Raises ValueError for a wrong shape, dtype, order or overlap.
+    Split as matmul_forward; dbias over 16 chunks of rows, added in order.
+    Source: llm.c train_gpt2.c matmul_backward.
+    """
+    cdef Operands arrays = Operands("matmul_backward")
+    cdef tuple inp_shape = arrays.shape("inp", inp), weight_shape = arrays.shape("weight", weight, 2, 2)
+    cdef Py_ssize_t m = product(inp_shape[:-1]), oc = weight_shape[0], channels = inp_shape[-1]
+    cdef bint add = accumulate
+    if not bias and dbias is not None:
+        raise arrays.error("dbias is an output of bias=True only")
+    dinp, dweight = given(dinp, inp_shape), given_gradient(dweight, (oc, channels), add)
+    cdef const float* dy = arrays.inp("dout", dout, inp_shape[:-1] + (oc,))
+    cdef const float* x = arrays.inp("inp", inp, inp_shape)
+    cdef const float* w = arrays.inp("weight", weight, (oc, channels))
+    cdef const float* before = arrays.inp("pre_gelu", pre_gelu, inp_shape) if pre_gelu is not None else NULL
+    cdef float* dx = arrays.out("dinp", dinp, inp_shape)
+    cdef float* dw = arrays.out("dweight", dweight, (oc, channels))
+    cdef float* db = NULL
+    if bias:
+        dbias = given_gradient(dbias, (oc,), add)
+        db = arrays.out("dbias", dbias, (oc,))
+    arrays.done()
+    matmul_dinp(dy, w, dx, m, oc, channels, before)
+    matmul_dweight(dy, x, dw, m, oc, channels, add)
+    if db != NULL:
+        column_sum(dy, m, oc, db, add)
+    return dinp, dweight, dbias
+
+
+cdef int matmul_dinp(const float* dout, const float* weight, float* dinp, Py_ssize_t m, Py_ssize_t oc,
+                     Py_ssize_t channels, const float* pre_gelu) except -1:
+    """dinp (m, C) = dout (m, OC) weight (OC, C)."""
+    cdef Product p = new_product(m, channels, oc)
+    p.a, p.lda = dout, oc
+    p.b, p.ldb, p.b_by_k = weight, channels, True
+    p.c = dinp
+    p.dgelu = pre_gelu
+    return gemm(&p)
+
+
+cdef int matmul_dweight(const float* dout, const float* inp, float* dweight, Py_ssize_t m, Py_ssize_t oc,
+                        Py_ssize_t channels, bint accumulate) except -1:
+    """dweight (OC, C) (+)= dout^T (OC, m) inp (m, C)."""
+    cdef Product p = new_product(oc, channels, m)
+    p.a, p.lda, p.a_by_k = dout, oc, True
+    p.b, p.ldb, p.b_by_k = inp, channels, True
+    p.c = dweight
+    p.accumulate = accumulate
+    return gemm(&p)

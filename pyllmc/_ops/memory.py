@@ -1,0 +1,56 @@
+"""Host arrays: what the CPU backend's arrays are made with. Called by the model and by programs through a backend."""
+
+import numpy as np
+
+
+def empty(shape, dtype=None):
+    """A C-order array with undefined contents; dtype None is the backend's float, here float32."""
+    return np.empty(shape, np.float32 if dtype is None else dtype)
+
+
+def zeros(shape, dtype=None):
+    """A C-order array of zeros; dtype None is the backend's float, here float32."""
+    return np.zeros(shape, np.float32 if dtype is None else dtype)
+
+
+def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):
+    """The backend's array with the values of `array`: int32 for integers, float32 for the rest, unless dtype says.
+
+    limit: every value must lie in [0, limit), or be -1 with allow_ignored=True; checked before anything is copied.
+    out: an array of the same shape to copy into. Returns out, a new array, or `array` itself where it is right already.
+    """
+    host = np.asarray(array)
+    if dtype is None:
+        dtype = np.int32 if host.dtype.kind in "iub" else np.float32
+    if limit is not None:
+        check_range(host, limit, allow_ignored)
+    if host.dtype.kind in "iu" and host.size and np.dtype(dtype if out is None else out.dtype).kind in "iu":
+        bounds = np.iinfo(dtype if out is None else out.dtype)
+        if host.min() < bounds.min or host.max() > bounds.max:
+            raise ValueError(f"from_host: values from {host.min()} to {host.max()} do not fit {bounds.dtype}")
+    if out is None:
+        return np.ascontiguousarray(host, dtype).reshape(host.shape)
+    if out.shape != host.shape:
+        raise ValueError(f"from_host: out must have shape {host.shape}, got {out.shape}")
+    np.copyto(out, host, casting="unsafe")
+    return out
+
+
+def check_range(host, limit, allow_ignored):
+    """Raise ValueError naming the first value outside [0, limit)."""
+    if host.dtype.kind not in "iub":
+        raise ValueError(f"from_host: token ids must be integers, got {host.dtype}")
+    bad = (host < (-1 if allow_ignored else 0)) | (host >= limit)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"from_host: value {int(host[where])} at {list(where)} must lie in 0..{limit - 1}"
+                         + (" or be -1 (not counted)" if allow_ignored else ""))
+
+
+def to_host(array):
+    """The values as a numpy array: here the array itself."""
+    return array
+
+
+def synchronize():
+    """Wait until every op has finished: on the CPU they have."""

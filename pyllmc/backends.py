@@ -1,0 +1,38 @@
+"""The one place where a backend is chosen: `backend("cpu")`, `backend("cuda")` or `backend("auto")`.
+
+A backend is a module that exports the op set: pyllmc._ops on the CPU, pyllmc._cuda on NVIDIA GPUs. Called by model.py,
+ops.py and the programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+BACKENDS = ("auto", "cpu", "cuda")
+
+
+def backend(name: str = "auto") -> ModuleType:
+    """The op module of this name; "auto" is CUDA where it can run, else the CPU.
+
+    ValueError for an unknown name, or for "cuda" where there is none, with the reason; ImportError in a source tree
+    whose extensions were not built.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    if name != "cpu":
+        cuda = importlib.import_module("pyllmc._cuda")
+        if cuda.AVAILABLE:
+            return cuda
+        if name == "cuda":
+            raise ValueError(f"the CUDA backend is not available: {cuda.REASON}")
+    try:
+        return importlib.import_module("pyllmc._ops")
+    except ImportError:
+        # An extension that is there but cannot be loaded has its own reason to tell.
+        package = Path(__file__).resolve().parent
+        if any((package / "_ops" / f"isa{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            raise
+        raise ImportError(f"pyllmc's extensions are not built; in {package.parent} run: pip install -e .") from None

@@ -1,0 +1,11 @@
+"""Datasets: from text to token files that DataLoader reads. `python -m pyllmc.datasets NAME` makes one.
+
+One module per dataset; it has `HELP`, `add_options(parser)` and `prepare(args)`, which __main__.py calls, and common.py
+has what they share. train.py calls `prepare_text` for `--text` and for the embedded Shakespeare.
+"""
+
+from .common import Prepared, write_tokens
+from .shakespeare import SHAKESPEARE
+from .text import prepare_text
+
+__all__ = ["SHAKESPEARE", "Prepared", "prepare_text", "write_tokens"]

@@ -1,0 +1,24 @@
+"""`python -m pyllmc.datasets NAME`: make the token files of a dataset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..cli import ArgumentParser, run_main
+from . import shakespeare, text
+
+DATASETS = {"shakespeare": shakespeare, "text": text}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m pyllmc.datasets", description="Turn text into token files to train on.")
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, module in DATASETS.items():
+        module.add_options(names.add_parser(name, help=module.HELP, description=f"Token files of {module.HELP}."))
+    args = parser.parse_args(argv)
+    print(DATASETS[args.name].prepare(args))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

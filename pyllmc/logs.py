@@ -1,0 +1,250 @@
+"""What a training run tells: lines and a live bar on the console, and `main.log` in llm.c's grammar.
+
+    s:250 tel:2.0312                               validation loss before update 250
+    s:250 trl:2.0731 lr:0.002912 norm:0.61         loss, learning rate and gradient norm of update 250
+
+`Console` is used by train.py; `MainLog` writes the file and `read_main_log` reads it for plot.py. Figures are written
+the same way everywhere by the `format_` functions. Calls tqdm for the bar.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .files import atomic_write
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def format_bytes(count: float) -> str:
+    """`31.2 MB`, `1.5 GB`: powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit in ("bytes", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_count(count: float) -> str:
+    """`812`, `14.7k`, `124M`: three digits."""
+    if count < 999.5:
+        return f"{count:.0f}"
+    for unit in ("k", "M", "G"):
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.0f}{unit}" if count >= 99.95 else f"{count:.1f}{unit}"
+    return f"{count / 1000:.1f}T"
+
+
+def format_duration(seconds: float) -> str:
+    """`0.4 s`, `52 s`, `1 min 52 s`, `3 h 05 min`, `2 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+def format_share(share: float) -> str:
+    """`41%`, `0.3%`."""
+    return f"{share:.0%}" if share >= 0.0095 else f"{share:.1%}"
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Lines of `name  value`, the values under one another; further lines of a value are indented like its first."""
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}" + value.replace("\n", "\n" + " " * width) for name, value in rows)
+
+
+# ---- main.log -------------------------------------------------------------------------------------------------------
+
+_LINE = re.compile(r"s:(\d+)((?: [a-z]+:\S+)+)")
+
+
+class MainLog:
+    """The lines of one run, each in the file as soon as it is written. With `resume_step` the lines before that step
+    are kept, so that the file of a resumed run equals that of an uninterrupted one; without it the file starts empty."""
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        kept = []
+        if resume_step is not None and Path(path).exists():
+            lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
+            kept = [line for line in lines if (match := _LINE.fullmatch(line)) and int(match[1]) < resume_step]
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode("ascii"))
+        self._file = open(path, "a", encoding="ascii", buffering=1)
+
+    def validation(self, step: int, loss: float) -> None:
+        """The validation loss before update `step`."""
+        self._file.write(f"s:{step} tel:{loss:.4f}\n")
+
+    def train(self, step: int, loss: float, learning_rate: float, norm: float) -> None:
+        """The figures of update `step`."""
+        self._file.write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
+    """The curves in a main.log: {"trl": {step: loss}, "tel": ..., "eval": ..., "lr": ..., "norm": ...}, in the order of
+    the steps. A later line for a step replaces an earlier one; lines of no known form (the last one of a run that was
+    killed) are passed over."""
+    curves: dict[str, dict[int, float]] = {}
+    with open(path, encoding="ascii", errors="replace") as file:
+        for line in file:
+            match = _LINE.fullmatch(line.strip())
+            for pair in match[2].split() if match else ():
+                name, _, value = pair.partition(":")
+                with contextlib.suppress(ValueError):
+                    curves.setdefault(name, {})[int(match[1])] = float(value)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """How fast a run goes, and from that the time it has left.
+
+    The time per step is an exponential average (0.95, corrected for its start as Adam's moments are); before the first
+    step it is what was expected. Validations, samples and checkpoints are `pauses`: as long as the last of their kind.
+    """
+
+    SMOOTHING = 0.95
+
+    def __init__(self, total: int, tokens_per_step: int, flops_per_token: int, expected_seconds: float):
+        self.total = total
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self._expected = expected_seconds
+        self._sum = 0.0
+        self._count = 0
+        self._pauses: dict[str, tuple[int, float]] = {}
+
+    def step(self, seconds: float) -> None:
+        """One more step took `seconds`."""
+        self._count += 1
+        self._sum = self.SMOOTHING * self._sum + (1 - self.SMOOTHING) * seconds
+
+    def pause(self, kind: str, every: int, seconds: float) -> None:
+        """A pause that comes `every` steps (0: never) and after the last one took, or is expected to take, `seconds`."""
+        self._pauses[kind] = (every, seconds)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self._sum / (1 - self.SMOOTHING**self._count) if self._count else self._expected
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.seconds_per_step
+
+    @property
+    def gflops(self) -> float:
+        """What the model needs by its formula, per second, in GFLOP/s."""
+        return self.flops_per_token * self.tokens_per_second / 1e9
+
+    def seconds_left(self, done: int) -> float:
+        """The time that the steps after `done`, and their pauses, will take."""
+        left = (self.total - done) * self.seconds_per_step
+        for every, seconds in self._pauses.values():
+            times = self.total // every - done // every + (self.total % every != 0) if every else 1
+            left += times * seconds
+        return left
+
+
+# ---- console --------------------------------------------------------------------------------------------------------
+
+
+class Console:
+    """Lines on stdout; on a terminal also one live bar below them, which shows every step; elsewhere a line for every
+    `log_every`-th step.
+
+    When the output goes away (a closed pipe, a closed terminal) `lost` becomes the error and the rest is silent, so
+    that the training loop can still save what it has.
+    """
+
+    BAR = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}  {desc}"
+
+    def __init__(self, total: int, log_every: int = 0):
+        self.total = total
+        self.log_every = log_every or max(1, total // 40)
+        self.lost: OSError | None = None
+        self._bar: tqdm | None = None
+
+    def line(self, text: str = "") -> None:
+        """A line that stays; above the bar if there is one. Not for text from a model: see `open_text`."""
+        with self.open_text():
+            self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """Text as it is, at once."""
+        if self.lost is None:
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except OSError as error:
+                self.lost = error
+
+    @contextlib.contextmanager
+    def open_text(self) -> Iterator[None]:
+        """Hides the bar while the block writes whole lines to stdout, and shows it again below them."""
+        if self._bar is not None:
+            self._guarded(self._bar.clear)
+        yield
+        if self._bar is not None:
+            self._guarded(self._bar.refresh)
+
+    def start(self, done: int) -> None:
+        """The steps begin, the first `done` of them are there already."""
+        if sys.stdout.isatty():
+            # tqdm's monitor is a thread that only helps loops which do not report; this one reports every step.
+            tqdm.monitor_interval = 0
+            size = shutil.get_terminal_size()
+            self._bar = tqdm(
+                total=self.total, initial=done, file=sys.stdout, bar_format=self.BAR, leave=False,
+                ncols=size.columns, nrows=size.lines,
+            )  # fmt: skip
+
+    def step(
+        self, done: int, loss: float, norm: float, learning_rate: float, seconds: float, pace: Pace, peak: float
+    ) -> None:
+        """Step number `done`, counted from 1, gave these figures. `peak` is the machine's in GFLOP/s."""
+        speed = f"{format_count(pace.tokens_per_second)} tok/s"
+        left = f"{format_duration(pace.seconds_left(done))} left"
+        if self._bar is not None:
+            self._bar.set_description_str(f"loss {loss:.3f}  {speed}  {left}", refresh=False)
+            self._bar.ncols = shutil.get_terminal_size().columns
+            self._guarded(self._bar.update)
+        elif done % self.log_every == 0 or done in (1, self.total):
+            self.line(
+                f"{self.label(done)} | loss {loss:.4f} | norm {norm:7.4f} | lr {learning_rate:.2e} | "
+                f"{seconds * 1000:.1f} ms | {speed} | {format_share(pace.gflops / peak)} of peak | {left}"
+            )
+
+    def label(self, step: int) -> str:
+        """`step  250/2000`, as wide for every step."""
+        return f"step {step:>{len(str(self.total))}}/{self.total}"
+
+    def close(self) -> None:
+        """The bar goes, the lines stay."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            self._guarded(bar.close)
+
+    def _guarded(self, action) -> None:
+        if self.lost is None:
+            try:
+                action()
+            except OSError as error:
+                self.lost = error

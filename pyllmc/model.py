@@ -1,0 +1,358 @@
+"""GPT-2: logits, loss, and gradients, as two flat lists of op calls over preallocated buffers.
+
+The model holds flat buffers cut into named views (tensors.py) and calls the ops of one backend; it never asks which one
+it has, so the float64 reference of the tests runs it too. Called by the training loop, the generator and notebooks.
+
+`GPT2._forward` and `GPT2._backward` are the whole network, the second the first read from the bottom up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+
+from . import checkpoint
+from .backends import backend
+from .config import GPT2Config
+from .rng import TorchGenerator
+from .tensors import (
+    ACTIVATIONS,
+    FLOAT_BYTES,
+    TENSORS,
+    activation_shapes,
+    layer_views,
+    require_memory,
+    views,
+)
+
+INITIAL_STD = 0.02
+
+
+class GPT2:
+    """A GPT-2 with its parameters, and its gradients once they are asked for.
+
+    config       GPT2Config
+    seed         of the initial weights, which are those torch draws from the same seed
+    ops          the backend module that computes; None is `backend("auto")`
+    params       a flat float32 array of all parameters in file order, used instead of initial weights (on the CPU
+                 without a copy)
+
+    `model.params[name]` and `model.grads[name]` are views of `flat_params` and `flat_grads` by llm.c's names; on the
+    CPU they are NumPy arrays that may be written to. Padding rows of wte belong to no token: they start at zero and get
+    no gradient.
+    """
+
+    def __init__(self, config: GPT2Config, seed: int = 42, *, ops=None, params=None):
+        self.config = config
+        self.ops = backend() if ops is None else ops
+        if params is None:
+            require_memory(FLOAT_BYTES * config.num_parameters_padded, "the model")
+            params = initial_parameters(config, seed)
+        self.flat_params = self.ops.from_host(params)
+        self.params = views(self.flat_params, config)
+        self._layers = _parameter_layers(self.params, config)
+        self._flat_grads = None
+        # What is in the gradient buffer does not count: the next backward overwrites it. See zero_grad.
+        self._grads_are_stale = True
+        self._training: Activations | None = None
+        self._inference: Activations | None = None
+
+    @classmethod
+    def from_descriptor(cls, name: str, seed: int = 42, *, ops=None) -> GPT2:
+        """A model of a named size ("d12", "gpt3:c768") with initial weights."""
+        return cls(GPT2Config.from_descriptor(name), seed, ops=ops)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike, *, ops=None) -> GPT2:
+        """The model in a llm.c model file, version 1, 3 or 5."""
+        config, params = checkpoint.read_model(path)
+        return cls(config, ops=ops, params=params)
+
+    def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
+        """Writes the parameters as a llm.c model file: "float32" is version 3, "bfloat16" version 5."""
+        checkpoint.write_model(path, self.config, self.ops.to_host(self.flat_params), dtype)
+
+    # ---- the three verbs ---------------------------------------------------------------------------------------------
+
+    def logits(self, inputs):
+        """The logits of the next token at every position: tokens (B,T) -> a new array (B,T,V)."""
+        tokens = self._check_tokens("inputs", inputs)
+        acts = self._inference_activations(*tokens.shape)
+        self._forward(tokens, acts)
+        return self.ops.matmul_forward(acts.lnf, self.params["wte"][: self.config.vocab_size])
+
+    def loss(self, inputs, targets):
+        """Mean cross-entropy in nats of targets (B,T) after inputs (B,T), a 0-d array; targets of -1 do not count."""
+        tokens, targets = self._check_batch(inputs, targets)
+        acts = self._inference_activations(*tokens.shape)
+        self._forward(tokens, acts)
+        self.ops.classifier_forward(
+            acts.lnf, self.params["wte"], targets, vocab_size=self.config.vocab_size, losses=acts.losses
+        )
+        return self.ops.mean_loss(acts.losses, targets)
+
+    def forward_backward(self, inputs, targets, loss_scale: float = 1.0):
+        """The loss, unscaled, as `loss` gives it; adds the gradients of loss_scale * loss to `grads`.
+
+        With loss_scale = 1/n, n calls on n micro-batches add up to the gradients of one batch of all of them.
+        """
+        tokens, targets = self._check_batch(inputs, targets)
+        acts = self._training_activations(*tokens.shape)
+        self._forward(tokens, acts)
+        self._backward(tokens, targets, acts, loss_scale)
+        return self.ops.mean_loss(acts.losses, targets)
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero, at no cost: the next forward_backward overwrites where it would add."""
+        self._grads_are_stale = True
+
+    @property
+    def flat_grads(self):
+        """All gradients as one flat array in file order. Read it (or `grads`) anew after zero_grad."""
+        self._allocate_grads()
+        if self._grads_are_stale:
+            self.ops.from_host(np.zeros(self._flat_grads.shape, np.float32), out=self._flat_grads)
+            self._grads_are_stale = False
+        return self._flat_grads
+
+    @property
+    def grads(self) -> dict[str, object]:
+        """name -> gradient of each parameter, views of flat_grads."""
+        return views(self.flat_grads, self.config)
+
+    # ---- the network -------------------------------------------------------------------------------------------------
+
+    def _forward(self, tokens, acts: Activations, cache: DecodeCache | None = None) -> None:
+        """tokens (B,T) -> acts; all that comes before the LM head. With a cache, the tokens continue what it holds."""
+        ops, config, wte, wpe = self.ops, self.config, self.params["wte"], self.params["wpe"]
+        if cache is not None:
+            wpe = wpe[cache.position : cache.position + tokens.shape[1]]
+        ops.encoder_forward(tokens, wte, wpe, out=acts.encoded)
+        residual = acts.encoded
+        for layer, (p, a) in enumerate(zip(self._layers, acts.layers)):
+            ops.layernorm_forward(residual, p.ln1w, p.ln1b, out=a.ln1, mean=a.ln1_mean, rstd=a.ln1_rstd)
+            ops.matmul_forward(a.ln1, p.qkvw, p.qkvb, out=a.qkv)
+            if cache is None:
+                ops.attention_forward(a.qkv, config.num_heads, out=a.atty, lse=a.lse)
+            else:
+                ops.attention_decode(a.qkv, cache.keys[layer], cache.values[layer], cache.position, out=a.atty)
+            ops.matmul_forward(a.atty, p.attprojw, p.attprojb, residual=residual, out=a.residual2)
+            ops.layernorm_forward(a.residual2, p.ln2w, p.ln2b, out=a.ln2, mean=a.ln2_mean, rstd=a.ln2_rstd)
+            ops.matmul_forward(a.ln2, p.fcw, p.fcb, gelu=True, pre_gelu=a.fch, out=a.fch_gelu)
+            ops.matmul_forward(a.fch_gelu, p.fcprojw, p.fcprojb, residual=a.residual2, out=a.residual3)
+            residual = a.residual3
+        if cache is None:
+            self._final_layernorm(residual, acts.lnf, acts.lnf_mean, acts.lnf_rstd)
+        else:
+            # Only the last position of each sequence goes on to the head.
+            B, n, C = residual.shape
+            rows, mean, rstd = (x.reshape((B * n, *x.shape[2:])) for x in (residual, acts.lnf_mean, acts.lnf_rstd))
+            for b in range(B):
+                last = slice(b * n + n - 1, b * n + n)
+                self._final_layernorm(rows[last], cache.lnf[b : b + 1], mean[last], rstd[last])
+
+    def _final_layernorm(self, residual, out, mean, rstd) -> None:
+        self.ops.layernorm_forward(residual, self.params["lnfw"], self.params["lnfb"], out=out, mean=mean, rstd=rstd)
+
+    def _backward(self, tokens, targets, acts: Activations, loss_scale: float) -> None:
+        """acts of _forward -> losses in acts, gradients in the gradient buffer.
+
+        `dresidual` is the gradient of the residual stream: every branch reads it, and every layernorm adds to it what
+        its branch contributes.
+        """
+        self._allocate_grads()
+        ops, config, p, d = self.ops, self.config, self.params, self._grads
+        accumulate = not self._grads_are_stale
+        dresidual, dbranch, dqkv, dfch = acts.dresidual, acts.dbranch, acts.dqkv, acts.dfch
+        dlnf = dln2 = datty = dln1 = dbranch
+
+        ops.classifier_forward_backward(
+            acts.lnf, p["wte"], targets, vocab_size=config.vocab_size, loss_scale=loss_scale,
+            losses=acts.losses, dinp=dlnf, dweight=d["wte"], accumulate=accumulate,
+        )  # fmt: skip
+        ops.layernorm_backward(
+            dlnf, acts.layers[-1].residual3, p["lnfw"], acts.lnf_mean, acts.lnf_rstd,
+            dinp=dresidual, dweight=d["lnfw"], dbias=d["lnfb"], accumulate=accumulate,
+        )  # fmt: skip
+        for layer in reversed(range(config.num_layers)):
+            p, d, a = self._layers[layer], self._grad_layers[layer], acts.layers[layer]
+            residual = acts.layers[layer - 1].residual3 if layer > 0 else acts.encoded
+            ops.matmul_backward(
+                dresidual, a.fch_gelu, p.fcprojw, pre_gelu=a.fch,
+                dinp=dfch, dweight=d.fcprojw, dbias=d.fcprojb, accumulate=accumulate,
+            )  # fmt: skip
+            ops.matmul_backward(
+                dfch, a.ln2, p.fcw, dinp=dln2, dweight=d.fcw, dbias=d.fcb, accumulate=accumulate
+            )  # fmt: skip
+            ops.layernorm_backward(
+                dln2, a.residual2, p.ln2w, a.ln2_mean, a.ln2_rstd, dresidual=dresidual,
+                dinp=dresidual, dweight=d.ln2w, dbias=d.ln2b, accumulate=accumulate,
+            )  # fmt: skip
+            ops.matmul_backward(
+                dresidual, a.atty, p.attprojw, dinp=datty, dweight=d.attprojw, dbias=d.attprojb, accumulate=accumulate
+            )
+            ops.attention_backward(datty, a.qkv, a.atty, a.lse, dqkv=dqkv)
+            ops.matmul_backward(
+                dqkv, a.ln1, p.qkvw, dinp=dln1, dweight=d.qkvw, dbias=d.qkvb, accumulate=accumulate
+            )  # fmt: skip
+            ops.layernorm_backward(
+                dln1, residual, p.ln1w, a.ln1_mean, a.ln1_rstd, dresidual=dresidual,
+                dinp=dresidual, dweight=d.ln1w, dbias=d.ln1b, accumulate=accumulate,
+            )  # fmt: skip
+        # wte is the head's weight too: its gradient already holds the head's part.
+        ops.encoder_backward(
+            dresidual, tokens, self.params["wte"], self.params["wpe"],
+            dwte=self._grads["wte"], dwpe=self._grads["wpe"], accumulate=accumulate, tied=True,
+        )  # fmt: skip
+        self._grads_are_stale = False
+
+    # ---- generation --------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch_size: int = 1, max_len: int | None = None) -> DecodeCache:
+        """An empty cache of keys and values for `batch_size` sequences of up to `max_len` (default max_seq_len)."""
+        return DecodeCache(self.config, batch_size, max_len, self.ops)
+
+    def decode(self, tokens, cache: DecodeCache):
+        """Logits (B,V) after the last of n new tokens (B,n), which continue the sequences that the cache holds.
+
+        The cost grows with n, not with what came before. `cache.position` advances by n; ValueError if the cache has no
+        room for them.
+        """
+        tokens = self._check_tokens("tokens", tokens)
+        acts = cache.activations(*tokens.shape)
+        self._forward(tokens, acts, cache)
+        cache.position += tokens.shape[1]
+        return self.ops.matmul_forward(cache.lnf, self.params["wte"][: self.config.vocab_size])
+
+    # ---- checks and buffers ------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, name: str, values, allow_ignored: bool = False):
+        try:
+            tokens = self.ops.from_host(
+                values, dtype="int32", limit=self.config.vocab_size, allow_ignored=allow_ignored
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        shape = tuple(tokens.shape)
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{name} must have shape (B, T), got {shape}")
+        if shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"{name} has sequences of {shape[1]} tokens, but the model's max_seq_len is {self.config.max_seq_len}"
+            )
+        return tokens
+
+    def _check_batch(self, inputs, targets):
+        inputs = self._check_tokens("inputs", inputs)
+        targets = self._check_tokens("targets", targets, allow_ignored=True)
+        if tuple(inputs.shape) != tuple(targets.shape):
+            raise ValueError(
+                f"inputs and targets must have one shape, got {tuple(inputs.shape)} and {tuple(targets.shape)}"
+            )
+        return inputs, targets
+
+    def _allocate_grads(self) -> None:
+        if self._flat_grads is None:
+            self._flat_grads = self.ops.zeros(self.flat_params.shape)
+            self._grads = views(self._flat_grads, self.config)
+            self._grad_layers = _parameter_layers(self._grads, self.config)
+
+    def _training_activations(self, B: int, T: int) -> Activations:
+        if self._training is None or self._training.shape != (B, T):
+            grads = 0 if self._flat_grads is not None else FLOAT_BYTES * self.config.num_parameters_padded
+            # The old ones go first, so that both are never held at once.
+            self._training = None
+            require_memory(self.config.activation_bytes(B, T) + grads, f"training on a batch of {B} x {T} tokens")
+            self._training = Activations(self.config, B, T, self.ops, training=True)
+        return self._training
+
+    def _inference_activations(self, B: int, T: int) -> Activations:
+        """Those of training if they have the right shape, else one layer's, which all layers share."""
+        if self._training is not None and self._training.shape == (B, T):
+            return self._training
+        if self._inference is None or self._inference.shape != (B, T):
+            self._inference = None
+            require_memory(self.config.activation_bytes(B, T, training=False), f"a batch of {B} x {T} tokens")
+            self._inference = Activations(self.config, B, T, self.ops, training=False)
+        return self._inference
+
+
+class Activations:
+    """The buffers of one batch shape, by the names in tensors.ACTIVATIONS; those with a layer dimension in `layers`."""
+
+    def __init__(self, config: GPT2Config, B: int, T: int, ops, training: bool):
+        self.shape = (B, T)
+        arrays = {name: ops.empty(shape) for name, shape in activation_shapes(config, B, T, training).items()}
+        self.layers = layer_views(arrays, ACTIVATIONS, config.num_layers)
+        self.encoded, self.losses = arrays["encoded"], arrays["losses"]
+        self.lnf, self.lnf_mean, self.lnf_rstd = arrays["lnf"], arrays["lnf_mean"], arrays["lnf_rstd"]
+        if training:
+            self.dresidual, self.dbranch, self.dfch = arrays["dresidual"], arrays["dbranch"], arrays["dwide"]
+            # dqkv is needed when dfch no longer is.
+            shape = (B, T, 3 * config.channels)
+            self.dqkv = self.dfch.reshape((math.prod(self.dfch.shape),))[: math.prod(shape)].reshape(shape)
+
+
+class DecodeCache:
+    """Keys and values of all tokens so far, for each layer (B, NH, max_len, HS); `position` tokens are in it."""
+
+    def __init__(self, config: GPT2Config, batch_size: int, max_len: int | None, ops):
+        max_len = config.max_seq_len if max_len is None else max_len
+        if not 1 <= max_len <= config.max_seq_len:
+            raise ValueError(f"max_len must be from 1 to the model's max_seq_len {config.max_seq_len}, got {max_len}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.config, self.ops = config, ops
+        self.batch_size, self.max_len, self.position = batch_size, max_len, 0
+        require_memory(
+            2 * FLOAT_BYTES * config.num_layers * batch_size * max_len * config.channels,
+            f"a cache of {batch_size} x {max_len} tokens",
+        )
+        shape = (batch_size, config.num_heads, max_len, config.head_size)
+        self.keys = [ops.zeros(shape) for _ in range(config.num_layers)]
+        self.values = [ops.zeros(shape) for _ in range(config.num_layers)]
+        self.lnf = ops.empty((batch_size, config.channels))
+        self._activations: Activations | None = None
+
+    def activations(self, B: int, n: int) -> Activations:
+        """Buffers for n new tokens of each sequence; ValueError if they do not fit."""
+        if B != self.batch_size:
+            raise ValueError(f"the cache holds {self.batch_size} sequences, got tokens of {B}")
+        if self.position + n > self.max_len:
+            raise ValueError(f"{n} new tokens do not fit: the cache has {self.max_len} places, {self.position} in use")
+        if self._activations is None or self._activations.shape != (B, n):
+            self._activations = Activations(self.config, B, n, self.ops, training=False)
+        return self._activations
+
+
+def initial_parameters(config: GPT2Config, seed: int = 42) -> np.ndarray:
+    """GPT-2's initial weights as a flat float32 array, drawn in llm.c's order, which is that of PyTorch's modules.
+
+    Matrices and embeddings are N(0, 0.02), the two projections onto the residual stream N(0, 0.02 / sqrt(2 L)); norms
+    are 1, biases and the padding rows of wte 0.
+    """
+    flat = np.zeros(config.num_parameters_padded, dtype=np.float32)
+    params = views(flat, config)
+    for tensor in TENSORS:
+        if tensor.kind == "norm":
+            params[tensor.name][...] = 1.0
+    generator = TorchGenerator(seed)
+    residual_std = INITIAL_STD / math.sqrt(2.0 * config.num_layers)
+    _draw(params["wte"][: config.vocab_size], INITIAL_STD, generator)
+    _draw(params["wpe"], INITIAL_STD, generator)
+    for p in _parameter_layers(params, config):
+        _draw(p.qkvw, INITIAL_STD, generator)
+        _draw(p.attprojw, residual_std, generator)
+        _draw(p.fcw, INITIAL_STD, generator)
+        _draw(p.fcprojw, residual_std, generator)
+    return flat
+
+
+def _draw(weight: np.ndarray, std: float, generator: TorchGenerator) -> None:
+    generator.normal(weight.size, std, out=weight.reshape(-1))
+
+
+def _parameter_layers(named: dict[str, object], config: GPT2Config):
+    return layer_views(named, {tensor.name: tensor.shape for tensor in TENSORS}, config.num_layers)

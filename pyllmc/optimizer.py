@@ -1,0 +1,119 @@
+"""AdamW over the model's flat buffers, and gradient clipping.
+
+Called by the training loop after forward_backward; calls the ops adamw_update and global_norm.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .model import GPT2
+from .tensors import FLOAT_BYTES, TENSORS, require_memory, tensor_shapes
+
+DECAYED_KINDS = {"matrices": ("matrix", "embedding"), "all": ("matrix", "embedding", "norm", "bias")}
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), llm.c's formula and order of operations.
+
+    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+    w = w - learning_rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w),  t = 1, 2, ...
+
+    decay="matrices" decays matrices and embeddings, as GPT-2's authors and llm.c on a GPU do; "all" decays every
+    parameter. `m` and `v` are flat arrays in file order; `step_count` is the number of updates done.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        learning_rate: float = 3e-4,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: str = "matrices",
+    ):
+        _check_number("learning_rate", learning_rate, learning_rate >= 0)
+        _check_number("beta1", beta1, 0 <= beta1 < 1)
+        _check_number("beta2", beta2, 0 <= beta2 < 1)
+        _check_number("eps", eps, eps > 0)
+        _check_number("weight_decay", weight_decay, weight_decay >= 0)
+        if decay not in DECAYED_KINDS:
+            raise ValueError(f"AdamW: decay must be one of {', '.join(DECAYED_KINDS)}, got {decay!r}")
+        self.model = model
+        self.learning_rate, self.beta1, self.beta2, self.eps = learning_rate, beta1, beta2, eps
+        self.weight_decay, self.decay = weight_decay, decay
+        self.step_count = 0
+        require_memory(2 * FLOAT_BYTES * model.config.num_parameters_padded, "the optimizer's state")
+        self.m = model.ops.zeros(model.flat_params.shape)
+        self.v = model.ops.zeros(model.flat_params.shape)
+        self._segments = _segments(model.config, DECAYED_KINDS[decay] if weight_decay else ())
+
+    def step(self, learning_rate: float | None = None, grad_scale: float = 1.0) -> None:
+        """One update of all parameters from `model.grads`, each first multiplied by grad_scale.
+
+        `learning_rate` replaces the constructor's for this update: that is how a schedule is applied.
+        """
+        if learning_rate is None:
+            learning_rate = self.learning_rate
+        _check_number("learning_rate", learning_rate, learning_rate >= 0)
+        params, grads = self.model.flat_params, self.model.flat_grads
+        self.step_count += 1
+        for part, decayed in self._segments:
+            self.model.ops.adamw_update(
+                params[part], grads[part], self.m[part], self.v[part],
+                learning_rate=learning_rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+                weight_decay=self.weight_decay if decayed else 0.0, step=self.step_count, grad_scale=grad_scale,
+            )  # fmt: skip
+
+    def load_state(self, step_count: int, m, v) -> None:
+        """Takes over the state of a checkpoint: flat float32 arrays, on the CPU used without a copy."""
+        for name, array in (("m", m), ("v", v)):
+            if tuple(array.shape) != tuple(self.m.shape):
+                raise ValueError(f"AdamW: {name} must have shape {tuple(self.m.shape)}, got {tuple(array.shape)}")
+        self.step_count = step_count
+        self.m, self.v = self.model.ops.from_host(m), self.model.ops.from_host(v)
+
+
+def _segments(config, kinds) -> list[tuple[slice, bool]]:
+    """The flat buffer as runs of neighbouring tensors that all are decayed, or all are not."""
+    segments: list[tuple[slice, bool]] = []
+    shapes, start = tensor_shapes(config), 0
+    for tensor in TENSORS:
+        stop, decayed = start + math.prod(shapes[tensor.name]), tensor.kind in kinds
+        if segments and segments[-1][1] == decayed:
+            start = segments.pop()[0].start
+        segments.append((slice(start, stop), decayed))
+        start = stop
+    return segments
+
+
+def _check_number(name: str, value: float, valid: bool) -> None:
+    if not (valid and math.isfinite(value)):
+        raise ValueError(f"AdamW: {name} is out of range: {value}")
+
+
+def grad_norm(model: GPT2) -> float:
+    """The Euclidean norm of all gradients together."""
+    return float(model.ops.global_norm(model.flat_grads))
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What gradients of this norm must be multiplied by to have a norm of at most max_norm; no epsilon, as in llm.c."""
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    return max_norm / norm if norm > max_norm else 1.0
+
+
+def clip_grad_norm(model: GPT2, max_norm: float = 1.0) -> float:
+    """Scales all gradients in place so that their norm is at most max_norm, and returns the norm before.
+
+    `optimizer.step(grad_scale=clip_scale(grad_norm(model), max_norm))` updates by the same gradients, to rounding, and
+    leaves them unscaled; it passes over memory once less.
+    """
+    norm = grad_norm(model)
+    scale = clip_scale(norm, max_norm)
+    if scale != 1.0:
+        grads = model.flat_grads
+        grads *= scale
+    return norm

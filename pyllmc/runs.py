@@ -1,0 +1,115 @@
+"""The folder of a training run: what is in it, who may write to it, and that no run destroys another.
+
+    recipe.toml                     all settings; there as soon as training begins (settings.py)
+    train.bin val.bin               the text as tokens (dataloader.py)
+    tokenizer.bin tokenizer.json    the vocabulary (tokenizer.py)
+    main.log loss.png               the losses (logs.py, plot.py)
+    model_* state_* DONE_*          checkpoints (checkpoint.py)
+
+Used by train.py alone: `claimed` is the block in which a run owns its folder. Calls files.py.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .settings import RECIPE_FILE
+
+_OWN_FILE = re.compile(
+    r"recipe\.toml|(train|val|tokenizer)\.bin|tokenizer\.json|main\.log|loss\.png"
+    r"|model_\d{8,}\.bin|state_\d{8,}_\d{5}\.bin|DONE_\d{8,}"
+)
+_LOCK_FILE = ".lock"
+
+
+def run_files(folder: Path) -> list[str]:
+    """The names in `folder` that a run may have written, sorted."""
+    return sorted(name for name in os.listdir(folder) if _OWN_FILE.fullmatch(name))
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a training run began in `folder`."""
+    return (folder / RECIPE_FILE).is_file()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
+    """The block in which this process alone writes to `folder`, which is made if it is not there.
+
+    For a new run an earlier one that has a checkpoint moves out of the way, as a whole, to FOLDER.1 (.2, ...), and the
+    block gets that path; what an earlier run left without a checkpoint is deleted. ValueError or OSError, and nothing
+    changed, if that cannot be done safely, if another process trains there, or if nothing can be written there.
+
+    If the block fails before `recipe.toml` is there, what it wrote is deleted again.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another folder with --out")
+    # Links are followed first, so that a rename moves the folder itself.
+    folder = Path(os.path.realpath(folder))
+    moved = None
+    if folder.is_dir() and not resume:
+        with _locked(folder):
+            moved = _make_room(folder)
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            try:
+                yield moved
+            except BaseException:
+                if not has_run(folder):
+                    _delete(folder, [*run_files(folder), _LOCK_FILE])
+                raise
+    finally:
+        # Only those that are still empty can go.
+        with contextlib.suppress(OSError):
+            for parent in new_folders:
+                parent.rmdir()
+        if moved is not None and not folder.exists():
+            moved.rename(folder)
+
+
+def _make_room(folder: Path) -> Path | None:
+    """Clears a locked folder for a new run; returns where it put the run that was there, if it had a checkpoint."""
+    own = run_files(folder)
+    if not own:
+        return None
+    if not has_run(folder):
+        raise ValueError(f"{folder}: {own[0]} is there already, and not from a training run; choose another --out")
+    if not any(name.startswith("DONE_") for name in own):
+        _delete(folder, own)
+        return None
+    others = sorted(name for name in os.listdir(folder) if name not in own and not name.startswith("."))
+    if others or Path.cwd().is_relative_to(folder):
+        what = f"other files ({', '.join(others[:3])})" if others else "the current folder's name"
+        raise ValueError(f"{folder}: holds an earlier run and {what}; choose another --out, or --resume that run")
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
+
+
+def _delete(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock file; it goes with the process, however that ends. ValueError naming another holder."""
+    descriptor = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").strip()
+            raise ValueError(f"{folder}: process {holder} is training there; choose another --out") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        yield
+    finally:
+        os.close(descriptor)

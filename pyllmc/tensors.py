@@ -1,0 +1,170 @@
+"""The tensors of GPT-2 in one table, and flat buffers cut into named views.
+
+Every other module that needs a parameter's name, shape or kind reads it here: the configuration counts with it, the
+model and the optimizer cut their flat buffers with it, the checkpoint writes in its order, the Hugging Face exchange
+takes its names from it. It is called by config.py, model.py, optimizer.py and checkpoint.py.
+
+Shapes are written in letters: B batch, T sequence length, C channels, L layers, NH heads, V vocabulary, Vp padded
+vocabulary, maxT context length. A number before a letter multiplies it: "3C".
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .config import GPT2Config
+
+FLOAT_BYTES = 4
+
+# Asking the system for its free memory takes longer than allocating less than this.
+SMALL_BYTES = 64 * 2**20
+
+
+class Tensor(NamedTuple):
+    """One parameter: name, shape in letters, kind (embedding, matrix, bias or norm) and name in a Hugging Face GPT-2.
+
+    A `matrix` is stored as (outputs, inputs); Hugging Face's GPT-2 stores these four as (inputs, outputs). Matrices and
+    embeddings start from normal noise and are the ones that weight decay shrinks; a norm starts at 1, a bias at 0.
+    """
+
+    name: str
+    shape: str
+    kind: str
+    hf_name: str
+
+
+# The order is the order of the checkpoint file, of llm.c's parameter block and of every flat buffer.
+TENSORS = (
+    Tensor("wte", "Vp C", "embedding", "transformer.wte.weight"),
+    Tensor("wpe", "maxT C", "embedding", "transformer.wpe.weight"),
+    Tensor("ln1w", "L C", "norm", "transformer.h.{layer}.ln_1.weight"),
+    Tensor("ln1b", "L C", "bias", "transformer.h.{layer}.ln_1.bias"),
+    Tensor("qkvw", "L 3C C", "matrix", "transformer.h.{layer}.attn.c_attn.weight"),
+    Tensor("qkvb", "L 3C", "bias", "transformer.h.{layer}.attn.c_attn.bias"),
+    Tensor("attprojw", "L C C", "matrix", "transformer.h.{layer}.attn.c_proj.weight"),
+    Tensor("attprojb", "L C", "bias", "transformer.h.{layer}.attn.c_proj.bias"),
+    Tensor("ln2w", "L C", "norm", "transformer.h.{layer}.ln_2.weight"),
+    Tensor("ln2b", "L C", "bias", "transformer.h.{layer}.ln_2.bias"),
+    Tensor("fcw", "L 4C C", "matrix", "transformer.h.{layer}.mlp.c_fc.weight"),
+    Tensor("fcb", "L 4C", "bias", "transformer.h.{layer}.mlp.c_fc.bias"),
+    Tensor("fcprojw", "L C 4C", "matrix", "transformer.h.{layer}.mlp.c_proj.weight"),
+    Tensor("fcprojb", "L C", "bias", "transformer.h.{layer}.mlp.c_proj.bias"),
+    Tensor("lnfw", "C", "norm", "transformer.ln_f.weight"),
+    Tensor("lnfb", "C", "bias", "transformer.ln_f.bias"),
+)
+
+# What the forward pass leaves for the backward pass. `losses` and the statistics are small; per token and layer the
+# rest is 16 C floats.
+ACTIVATIONS = {
+    "encoded": "B T C",
+    "ln1": "L B T C",
+    "ln1_mean": "L B T",
+    "ln1_rstd": "L B T",
+    "qkv": "L B T 3C",
+    "atty": "L B T C",
+    "lse": "L B NH T",
+    "residual2": "L B T C",
+    "ln2": "L B T C",
+    "ln2_mean": "L B T",
+    "ln2_rstd": "L B T",
+    "fch": "L B T 4C",
+    "fch_gelu": "L B T 4C",
+    "residual3": "L B T C",
+    "lnf": "B T C",
+    "lnf_mean": "B T",
+    "lnf_rstd": "B T",
+    "losses": "B T",
+}
+
+# Activation gradients live only between two ops, so all layers share three buffers: the gradient of the residual
+# stream, that of a branch of width C, and that of a wide one (4C, of which dqkv takes the first three quarters).
+ACTIVATION_GRADIENTS = {"dresidual": "B T C", "dbranch": "B T C", "dwide": "B T 4C"}
+
+
+def resolve(shape: str, letters: dict[str, int]) -> tuple[int, ...]:
+    """The sizes of a shape in letters: `resolve("L 3C C", {"L": 2, "C": 8})` is `(2, 24, 8)`."""
+    sizes = []
+    for word in shape.split():
+        letter = word.lstrip("0123456789")
+        factor = word[: len(word) - len(letter)]
+        sizes.append(int(factor or 1) * letters[letter])
+    return tuple(sizes)
+
+
+def config_letters(config: GPT2Config) -> dict[str, int]:
+    """The letters that a configuration fixes: all but B and T."""
+    return {
+        "L": config.num_layers,
+        "NH": config.num_heads,
+        "C": config.channels,
+        "V": config.vocab_size,
+        "Vp": config.padded_vocab_size,
+        "maxT": config.max_seq_len,
+    }
+
+
+def tensor_shapes(config: GPT2Config, rows: int | None = None) -> dict[str, tuple[int, ...]]:
+    """name -> shape of the 16 parameters, in file order; `rows` replaces Vp as the number of rows of wte."""
+    letters = config_letters(config)
+    letters["Vp"] = config.padded_vocab_size if rows is None else rows
+    return {tensor.name: resolve(tensor.shape, letters) for tensor in TENSORS}
+
+
+def num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    """The number of elements in all the shapes, as a Python integer: it cannot overflow."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def views(flat, config: GPT2Config) -> dict[str, object]:
+    """Cuts a flat backend array of all parameters (or of gradients, or of m or v) into name -> view; copies nothing."""
+    shapes = tensor_shapes(config)
+    if tuple(flat.shape) != (num_elements(shapes),):
+        raise ValueError(f"a flat array of {num_elements(shapes)} elements is needed for {config}, got {tuple(flat.shape)}")
+    out, offset = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        out[name] = flat[offset : offset + size].reshape(shape)
+        offset += size
+    return out
+
+
+def layer_views(named: dict[str, object], shapes: dict[str, str], num_layers: int) -> list[SimpleNamespace]:
+    """Cuts the arrays whose first dimension is L into one namespace per layer: `layers[3].qkvw` is (3C, C).
+
+    `shapes` gives each name's shape in letters. An array that holds a single layer serves all of them: that is how
+    inference shares one layer's activations.
+    """
+    per_layer = [name for name, shape in shapes.items() if shape.startswith("L ")]
+    layers = []
+    for layer in range(num_layers):
+        namespace = SimpleNamespace()
+        for name in per_layer:
+            array = named[name]
+            at = min(layer, array.shape[0] - 1)
+            setattr(namespace, name, array[at : at + 1].reshape(array.shape[1:]))
+        layers.append(namespace)
+    return layers
+
+
+def activation_shapes(config: GPT2Config, B: int, T: int, training: bool) -> dict[str, tuple[int, ...]]:
+    """name -> shape of the activations of one (B, T) batch; without `training`, of one layer and with no gradients."""
+    letters = config_letters(config) | {"B": B, "T": T}
+    table = ACTIVATIONS | ACTIVATION_GRADIENTS if training else ACTIVATIONS
+    if not training:
+        letters["L"] = 1
+    return {name: resolve(shape, letters) for name, shape in table.items()}
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """MemoryError, before anything is allocated, if `what` needs more memory than is free."""
+    # Imported here: hardware.py stands above this module, and only big allocations need it.
+    if num_bytes < SMALL_BYTES:
+        return
+    from . import hardware
+
+    free = hardware.free_memory()
+    if free is not None and num_bytes > free:
+        raise MemoryError(f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free")

@@ -1,0 +1,283 @@
+"""Text to token ids and back: characters, and GPT-2's byte pairs.
+
+Used by `pyllmc.datasets` (text to token files), `pyllmc.generate` and `pyllmc.train` (ids to text). Reads and writes
+llm.c's `tokenizer.bin`: every token's bytes in id order, so that the file alone is enough to decode, and, because the
+merge rank of a GPT-2 token is its id, to encode too. The kind stands in a small JSON file beside it.
+
+    offset   type       tokenizer.bin (little endian)
+    0        uint32     magic 20240328
+    4        uint32     version: 1 or 2; 2 is written
+    8        uint32     number of tokens; version 1: always 50257
+    12       uint32     id of the end of text; version 1: not there, 50256
+    16       uint32     zeros up to byte 1024
+    1024                for each id in order: uint8 length (1 to 255), then that many bytes
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .files import atomic_write, file_size, open_regular
+
+MAGIC = 20240328
+HEADER_BYTES = 1024
+MAX_VOCAB_SIZE = 65536  # token files hold uint16
+END_OF_TEXT = b"<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257
+
+# How GPT-2 cuts text into pieces before it merges bytes (Radford et al. 2019): English clitics, then words, numbers and
+# runs of other signs, each with the space before it, then white space but for its last character. `++` and the case of
+# white space at the end change no match; they only keep the matcher from remembering every character of a run.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# Within a text it must remember, and about a million in one run are too many for it. Cutting such a run out changes no
+# token: it begins after a piece, and all of it but its last character is one piece.
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_WHITE_SPACE = re.compile(f"(?<![{_WHITE}])[{_WHITE}]{{100000,}}+(?=[^{_WHITE}])")
+
+
+class Tokenizer:
+    """A vocabulary: the bytes of each id. Subclasses add `encode`; `Tokenizer.load` gives the right one."""
+
+    kind: str
+
+    def __init__(self, tokens: Sequence[bytes], eot: int) -> None:
+        if not 1 <= len(tokens) <= MAX_VOCAB_SIZE:
+            raise ValueError(f"a vocabulary has 1 to {MAX_VOCAB_SIZE} tokens, since ids are uint16; got {len(tokens)}")
+        if not 0 <= eot < len(tokens):
+            raise ValueError(f"end-of-text id must be in [0, {len(tokens)}), got {eot}")
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("two ids of the vocabulary have the same bytes")
+        self.tokens = list(tokens)
+        self.eot = eot
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def start(self) -> int:
+        """The id after which text begins when there is no prompt."""
+        return self.eot
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> ids, uint16 (n,). Raises ValueError for text that the vocabulary cannot express."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Ids -> the bytes they stand for, which may begin or end inside a character."""
+        found = []
+        for token in ids:
+            if not 0 <= token < len(self.tokens):
+                raise ValueError(f"token id must be in [0, {len(self.tokens)}), got {token}")
+            found.append(self.tokens[token])
+        return b"".join(found)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `path` (version 2) and its kind into the `.json` file of the same name."""
+        path = Path(path)
+        header = np.zeros(HEADER_BYTES // 4, "<u4")
+        header[:4] = MAGIC, 2, self.vocab_size, self.eot
+        with atomic_write(path) as file:
+            file.write(header.tobytes() + b"".join(bytes([len(token)]) + token for token in self.tokens))
+        with atomic_write(path.with_suffix(".json")) as file:
+            file.write(json.dumps({"kind": self.kind}).encode() + b"\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Tokenizer:
+        """Read a tokenizer.bin. Without the `.json` file beside it, its kind is told from its tokens.
+
+        Raises OSError for a file that cannot be read, ValueError (file, field, found, expected) for one that is wrong.
+        """
+        path = Path(path)
+        tokens, eot = _read_tokens(path)
+        kind = _read_kind(path.with_suffix(".json")) or _guess_kind(tokens, eot)
+        if kind not in KINDS:
+            raise ValueError(
+                f'{path}: cannot tell what kind of tokenizer this is; put {{"kind": ...}} with one of '
+                f"{', '.join(KINDS)} into {path.with_suffix('.json').name} beside it"
+            )
+        try:
+            return KINDS[kind](tokens, eot)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, UTF-8 bytes in the file; `from_text` gives id 0 to the end of text and sorts the rest."""
+
+    kind = "char"
+
+    def __init__(self, tokens: Sequence[bytes], eot: int) -> None:
+        super().__init__(tokens, eot)
+        ids, points = [], []
+        for token, data in enumerate(tokens):
+            if token == eot:
+                continue
+            try:
+                points.append(ord(data.decode("utf-8")))
+            except (UnicodeDecodeError, TypeError):
+                raise ValueError(
+                    f"token {token} of a character vocabulary must be one UTF-8 character, got {data!r}"
+                ) from None
+            ids.append(token)
+        order = np.argsort(points)
+        self._points = np.array(points, np.uint32)[order]
+        self._ids = np.array(ids, np.uint16)[order]
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """The vocabulary of a text. Raises ValueError if there are more characters than ids."""
+        return cls.from_characters(set(text))
+
+    @classmethod
+    def from_characters(cls, characters: Iterable[str]) -> CharTokenizer:
+        found = sorted(set(characters))
+        if len(found) >= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"the text has {len(found)} different characters; token files (uint16) have room for "
+                f"{MAX_VOCAB_SIZE - 1} besides the end of text"
+            )
+        return cls([END_OF_TEXT, *(char.encode("utf-8") for char in found)], 0)
+
+    @property
+    def start(self) -> int:
+        # The end of text is seen once per document, far too seldom to be learnt; a new line starts somewhere usual.
+        return self.tokens.index(b"\n") if b"\n" in self.tokens else self.eot
+
+    def encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        if not len(points):
+            return np.zeros(0, np.uint16)
+        if not len(self._points):
+            raise ValueError("the vocabulary has no character at all")
+        place = np.searchsorted(self._points, points)
+        place[place == len(self._points)] = 0
+        unknown = self._points[place] != points
+        if unknown.any():
+            raise ValueError(_describe_unknown(text, int(np.argmax(unknown))))
+        return self._ids[place]
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding: ids 0 to 255 are the single bytes, later ids merges of rank = id, EOT is the last."""
+
+    kind = "gpt2"
+
+    def __init__(self, tokens: Sequence[bytes], eot: int) -> None:
+        super().__init__(tokens, eot)
+        if eot != len(tokens) - 1:
+            raise ValueError(f"end-of-text id of a GPT-2 vocabulary must be the last one, {len(tokens) - 1}, got {eot}")
+        if len(tokens) < 257 or any(len(token) != 1 for token in tokens[:256]):
+            raise ValueError("the first 256 tokens of a GPT-2 vocabulary must be the 256 single bytes")
+
+    @functools.cached_property
+    def _encoding(self):
+        # Loading tiktoken takes a tenth of a second, which decoding does not need.
+        import tiktoken
+
+        return tiktoken.Encoding(
+            "gpt2",
+            pat_str=_GPT2_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(self.tokens[: self.eot])},
+            special_tokens={END_OF_TEXT.decode(): self.eot},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> ids. `<|endoftext|>` written out in the text is text, not the end of it."""
+        cuts = [cut for run in _LONG_WHITE_SPACE.finditer(text) for cut in (run.start(), run.end() - 1)]
+        parts = itertools.pairwise([0, *cuts, len(text)])
+        return np.concatenate([np.array(self._encoding.encode_ordinary(text[a:b]), np.uint16) for a, b in parts])
+
+
+KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (CharTokenizer, GPT2Tokenizer)}
+
+
+def _describe_unknown(text: str, index: int) -> str:
+    char = text[index]
+    name = unicodedata.name(char, "")
+    line = text.count("\n", 0, index) + 1
+    column = index - text.rfind("\n", 0, index)
+    shown = f"{char!r} " if char.isprintable() else ""
+    return (
+        f"the vocabulary has no {shown}(U+{ord(char):04X}{', ' + name if name else ''}), found at line {line}, "
+        f"column {column} of the text; use characters of the text that it was made from"
+    )
+
+
+def _read_tokens(path: Path) -> tuple[list[bytes], int]:
+    """The tokens and the end-of-text id of a tokenizer.bin, every number held against the file's size first."""
+    with open_regular(path) as file:
+        size = file_size(file)
+        largest = HEADER_BYTES + MAX_VOCAB_SIZE * 256
+        if not HEADER_BYTES <= size <= largest:
+            raise ValueError(f"{path}: a tokenizer file has {HEADER_BYTES} to {largest} bytes, this one has {size}")
+        data = file.read(largest + 1)
+    if len(data) != size:
+        raise ValueError(f"{path}: the file changed while it was read")
+    magic, version, count, eot = (int(field) for field in np.frombuffer(data, "<u4", 4))
+    if magic != MAGIC:
+        raise ValueError(f"{path}: magic is {magic}, expected {MAGIC}: not a tokenizer file")
+    if version not in (1, 2):
+        raise ValueError(f"{path}: version is {version}, expected 1 or 2")
+    if version == 1:
+        eot = GPT2_VOCAB_SIZE - 1
+        if count != GPT2_VOCAB_SIZE:
+            raise ValueError(f"{path}: number of tokens is {count}, expected {GPT2_VOCAB_SIZE} in version 1")
+    if not 1 <= count <= min(MAX_VOCAB_SIZE, (size - HEADER_BYTES) // 2):
+        raise ValueError(
+            f"{path}: number of tokens is {count}, expected 1 to {MAX_VOCAB_SIZE}, each at least 2 bytes of the "
+            f"{size - HEADER_BYTES} after the header"
+        )
+    if eot >= count:
+        raise ValueError(f"{path}: end-of-text id is {eot}, expected less than the {count} tokens")
+    tokens, offset = [], HEADER_BYTES
+    for token in range(count):
+        length = data[offset] if offset < size else 0
+        if length == 0 or offset + 1 + length > size:
+            raise ValueError(
+                f"{path}: token {token} at byte {offset} has length {length}, expected 1 to 255 within the file's "
+                f"{size} bytes"
+            )
+        tokens.append(data[offset + 1 : offset + 1 + length])
+        offset += 1 + length
+    if offset != size:
+        raise ValueError(f"{path}: {size - offset} bytes too many after the last of {count} tokens")
+    return tokens, eot
+
+
+def _read_kind(path: Path) -> str | None:
+    """The kind in the JSON file, or None where there is no such file."""
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read(4096))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):  # not a file, not UTF-8, not JSON, or brackets without end
+        content = None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f'{path}: "kind" must be one of {", ".join(KINDS)}')
+    return kind
+
+
+def _guess_kind(tokens: list[bytes], eot: int) -> str | None:
+    """llm.c's tokenizer files have no JSON beside them: GPT-2's vocabulary has its known size and byte tokens first."""
+    if len(tokens) == GPT2_VOCAB_SIZE and eot == GPT2_VOCAB_SIZE - 1:
+        return "gpt2"
+    if eot == 0 and tokens[0] == END_OF_TEXT:
+        return "char"
+    return None

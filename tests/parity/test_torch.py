@@ -1,0 +1,182 @@
+"""The model and the optimizer against PyTorch, twice: Hugging Face's GPT-2 and this project's own in bench/.
+
+The same weights and the same batch: logits, loss, all 16 gradients, then ten steps of AdamW. Needs torch, and for half
+of it transformers; nothing is downloaded.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyllmc
+from pyllmc import checkpoint
+from pyllmc.config import GPT2Config
+from pyllmc.model import GPT2, initial_parameters
+from pyllmc.optimizer import AdamW
+from pyllmc.rng import TorchGenerator
+from pyllmc.tensors import views
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_bench(name):
+    """A module of bench/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+torch_reference = load_bench("torch_reference")
+
+GEOMETRIES = {
+    "d12": (GPT2Config.from_descriptor("d12"), 4, 64),
+    "odd": (GPT2Config(num_layers=3, num_heads=5, channels=95, vocab_size=211, max_seq_len=33), 4, 33),
+    "tiny": (GPT2Config(num_layers=1, num_heads=1, channels=7, vocab_size=128, max_seq_len=1), 1, 1),
+}
+STEPS = 10
+SETTINGS = {"learning_rate": 1e-4, "beta2": 0.95, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+def hugging_face(config, flat):
+    """transformers' GPT2LMHeadModel with these weights, without dropout."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=config.num_layers, n_head=config.num_heads, n_embd=config.channels, vocab_size=config.vocab_size,
+            n_positions=config.max_seq_len, bos_token_id=0, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    torch_reference.copy_parameters(model, config, flat, transposed=True)
+
+    def logits_and_loss(inputs, targets):
+        logits = model(inputs).logits
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return model, logits_and_loss, True
+
+
+def own(config, flat):
+    """The model of bench/torch_reference.py."""
+    model = torch_reference.TorchGPT2(config, flat)
+    return model, model, False
+
+
+@pytest.mark.parametrize("make", [hugging_face, own])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_model_and_training(name, make):
+    config, B, T = GEOMETRIES[name]
+    flat = initial_parameters(config, seed=42)
+    inputs, targets = np.random.default_rng(1).integers(0, config.vocab_size, (2, B, T))
+    model = GPT2(config, ops=pyllmc.backend("cpu"), params=flat.copy())
+    theirs, logits_and_loss, transposed = make(config, flat)
+    batch = torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    logits, loss = logits_and_loss(*batch)
+    expected = logits.detach().numpy()
+    assert np.abs(model.logits(inputs) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    loss.backward()
+    assert float(model.forward_backward(inputs, targets)) == pytest.approx(loss.item(), abs=1e-5)
+    for tensor, gradient in views(torch_reference.flat_gradients(theirs, config, transposed), config).items():
+        error = np.linalg.norm(model.grads[tensor] - gradient)
+        # Keys and queries of a single position have no gradient; what PyTorch leaves there is rounding.
+        assert error <= 1e-5 * np.linalg.norm(gradient) + 1e-9, tensor
+
+    optimizer = AdamW(model, eps=1e-8, decay="matrices", **SETTINGS)
+    their_optimizer = torch_reference.make_optimizer(theirs, eps=1e-8, **SETTINGS)
+    for step in range(STEPS):
+        optimizer.step()
+        their_optimizer.step()
+        model.zero_grad()
+        their_optimizer.zero_grad()
+        _, loss = logits_and_loss(*batch)
+        loss.backward()
+        assert float(model.forward_backward(inputs, targets)) == pytest.approx(loss.item(), abs=1e-5), step
+
+
+def test_initial_weights_are_torchs():
+    config = GPT2Config(num_layers=2, num_heads=2, channels=78, vocab_size=1013, max_seq_len=50)
+    params = views(initial_parameters(config, seed=42), config)
+    generator = torch.Generator().manual_seed(42)
+
+    def assert_drawn(weight, std):
+        drawn = torch.empty(weight.shape).normal_(0, std, generator=generator).numpy()
+        assert np.abs(weight.astype(np.float64) - drawn).max() <= 2e-6 * std
+
+    assert_drawn(params["wte"][:1013], 0.02)
+    assert_drawn(params["wpe"], 0.02)
+    for layer in range(2):
+        for name, std in (("qkvw", 0.02), ("attprojw", 0.01), ("fcw", 0.02), ("fcprojw", 0.01)):
+            assert_drawn(params[name][layer], std)
+
+
+def test_normals_of_every_size():
+    ours, theirs = TorchGenerator(3), torch.Generator().manual_seed(3)
+    for n in [*range(1, 50), 1, 100_003, 3, 1 << 17]:
+        drawn = torch.empty(n).normal_(generator=theirs).numpy()
+        assert np.abs(ours.normal(n).astype(np.float64) - drawn).max() <= 2e-6, n
+
+
+def test_clipping_is_torchs_but_for_its_epsilon():
+    config, B, T = GEOMETRIES["odd"]
+    flat = initial_parameters(config, seed=1)
+    inputs, targets = np.random.default_rng(1).integers(0, config.vocab_size, (2, B, T))
+    model, theirs = GPT2(config, params=flat.copy()), torch_reference.TorchGPT2(config, flat)
+    model.forward_backward(inputs, targets)
+    theirs(torch.from_numpy(inputs), torch.from_numpy(targets))[1].backward()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1).item()
+    assert pyllmc.clip_grad_norm(model, 0.1) == pytest.approx(norm, rel=1e-5)
+    expected = torch_reference.flat_gradients(theirs, config)
+    assert np.linalg.norm(model.flat_grads - expected) <= 2e-5 * np.linalg.norm(expected)
+
+
+def test_greedy_text_is_torchs():
+    config = GEOMETRIES["odd"][0]
+    flat = 5 * initial_parameters(config, seed=2)
+    model, theirs = GPT2(config, params=flat), torch_reference.TorchGPT2(config, flat)
+    cache, tokens = model.new_cache(), [[7, 8, 9]]
+    expected = theirs.generate(torch.tensor(tokens), 20, top_k=1)[0].tolist()
+    drawn = []
+    for _ in range(20):
+        tokens = [[int(model.decode(tokens, cache).argmax())]]
+        drawn += tokens[0]
+    assert drawn == expected[3:] and len(set(drawn)) > 3
+
+
+def test_torch_bfloat16_rounding():
+    values = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(checkpoint.to_bfloat16(values), expected)
+
+
+def test_the_program_writes_what_pyllmc_reads(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 30)
+    geometry = ["--layers=2", "--heads=2", "--channels=16", "--context=12", "--batch-size=2", "--seq-len=12"]
+    torch_reference.main([*geometry, f"--text={text}", "--steps=3", f"--output={tmp_path}", "--generate=5", "--clip=1"])
+    printed = capsys.readouterr().out
+    model = GPT2.from_checkpoint(tmp_path / "gpt2.bin")
+    state = checkpoint.read_debug_state(tmp_path / "gpt2_debug_state.bin", model.config)
+    assert np.array_equal(model.flat_params, initial_parameters(model.config, seed=42))
+    assert float(model.forward_backward(state.inputs, state.targets)) == pytest.approx(state.loss, abs=1e-5)
+    assert np.abs(model.logits(state.inputs) - state.logits).max() <= 1e-5 * np.abs(state.logits).max()
+    assert np.linalg.norm(model.flat_grads - state.grads) <= 1e-5 * np.linalg.norm(state.grads)
+    assert f"step 1/3 | loss {state.loss:.6f}" in printed and "mean of the last 2 steps" in printed
+    assert checkpoint.read_header(tmp_path / "gpt2_bf16.bin").version == 5
+    tokenizer = pyllmc.Tokenizer.load(tmp_path / "gpt2_tokenizer.bin")
+    assert tokenizer.decode(state.inputs[0]) == "To be, or no"

@@ -1,0 +1,156 @@
+"""pyllmc/optimizer.py against the formula, written once more in float64 NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+
+import pyllmc
+from pyllmc.config import GPT2Config
+from pyllmc.model import GPT2
+from pyllmc.optimizer import AdamW, clip_grad_norm, clip_scale, grad_norm
+
+CONFIG = GPT2Config(num_layers=2, num_heads=2, channels=8, vocab_size=13, max_seq_len=9)
+DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def ops(request):
+    return reference if request.param == "reference" else pyllmc.backend("cpu")
+
+
+def model_with_gradients(ops, seed=0):
+    model = GPT2(CONFIG, ops=ops)
+    rng = np.random.default_rng(seed)
+    model.flat_grads[...] = rng.normal(0, 1, model.flat_grads.shape)
+    return model
+
+
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_follow_the_formula(ops, decay, weight_decay):
+    model = model_with_gradients(ops)
+    params = {name: np.array(view, np.float64) for name, view in model.params.items()}
+    moments = {name: (np.zeros(view.shape), np.zeros(view.shape)) for name, view in params.items()}
+    optimizer = AdamW(model, 1e-2, 0.8, 0.9, 1e-6, weight_decay, decay)
+    for step, (learning_rate, grad_scale) in enumerate([(None, 1.0), (3e-3, 0.5), (2e-2, 2.0)], 1):
+        model.flat_grads[...] *= -0.7
+        optimizer.step(learning_rate, grad_scale)
+        assert optimizer.step_count == step
+        lr = learning_rate or 1e-2
+        for name, w in params.items():
+            m, v = moments[name]
+            g = grad_scale * np.array(model.grads[name], np.float64)
+            m[...] = 0.8 * m + 0.2 * g
+            v[...] = 0.9 * v + 0.1 * g * g
+            update = (m / (1 - 0.8**step)) / (np.sqrt(v / (1 - 0.9**step)) + 1e-6)
+            shrinks = decay == "all" or name in DECAYED
+            w -= lr * (update + (weight_decay if shrinks else 0.0) * w)
+    for name, w in params.items():
+        assert np.abs(model.params[name] - w).max() <= (1e-12 if ops is reference else 1e-6), name
+
+
+def test_defaults():
+    optimizer = AdamW(GPT2(CONFIG, ops=reference))
+    defaults = (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
+    assert defaults == (3e-4, 0.9, 0.95, 1e-8, 0.0) and optimizer.decay == "matrices"
+
+
+def test_neighbours_are_updated_in_one_call():
+    model = GPT2(CONFIG, ops=reference)
+    assert len(AdamW(model)._segments) == 1
+    assert len(AdamW(model, weight_decay=0.1, decay="all")._segments) == 1
+    segments = AdamW(model, weight_decay=0.1)._segments
+    # Embeddings, then five runs of norms and biases with four matrices between them.
+    assert [decayed for _, decayed in segments] == [True, False] * 5
+    assert segments[0][0].start == 0 and segments[-1][0].stop == CONFIG.num_parameters_padded
+    assert all(a.stop == b.start for (a, _), (b, _) in zip(segments, segments[1:], strict=False))
+
+
+def test_padding_rows_stay_zero(ops):
+    model = GPT2(CONFIG, ops=ops)
+    optimizer = AdamW(model, 1e-2, weight_decay=0.1)
+    for seed in range(3):
+        model.zero_grad()
+        tokens = np.random.default_rng(seed).integers(0, 13, (2, 9))
+        model.forward_backward(tokens, tokens)
+        optimizer.step()
+    assert not model.params["wte"][13:].any() and model.params["wte"][:13].all()
+
+
+def test_after_zero_grad_a_step_sees_zeros(ops):
+    model = model_with_gradients(ops)
+    model.zero_grad()
+    before = model.flat_params.copy()
+    AdamW(model).step()
+    assert np.array_equal(model.flat_params, before)
+
+
+def test_clipping(ops):
+    model = model_with_gradients(ops)
+    before = np.array(model.flat_grads, np.float64)
+    norm = np.linalg.norm(before)
+    assert grad_norm(model) == pytest.approx(norm, rel=1e-6)
+    assert clip_grad_norm(model, 2 * norm) == pytest.approx(norm, rel=1e-6)
+    assert np.array_equal(model.flat_grads, before)
+    assert clip_grad_norm(model, 0.5) == pytest.approx(norm, rel=1e-6)
+    assert np.linalg.norm(model.flat_grads) == pytest.approx(0.5, rel=1e-5)
+    assert clip_grad_norm(model, 1.0) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_clipping_in_the_step_is_clipping_before_it(ops):
+    first, second = model_with_gradients(ops), model_with_gradients(ops)
+    clip_grad_norm(first, 0.1)
+    AdamW(first, 1e-2, eps=1e-3).step()
+    AdamW(second, 1e-2, eps=1e-3).step(grad_scale=clip_scale(grad_norm(second), 0.1))
+    assert np.abs(first.flat_params - second.flat_params).max() < 1e-6
+
+
+def test_clip_scale_has_no_epsilon():
+    assert clip_scale(4.0, 1.0) == 0.25
+    assert clip_scale(1.0, 1.0) == 1.0 and clip_scale(0.0, 1.0) == 1.0
+    assert clip_scale(math.nan, 1.0) == 1.0
+    for max_norm in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="max_norm must be positive"):
+            clip_scale(1.0, max_norm)
+
+
+def test_load_state(ops):
+    model = model_with_gradients(ops)
+    optimizer = AdamW(model)
+    optimizer.step()
+    other = AdamW(model_with_gradients(ops))
+    other.model.flat_params[...] = model.flat_params
+    other.load_state(optimizer.step_count, optimizer.m.copy(), optimizer.v.copy())
+    optimizer.step()
+    other.step()
+    assert other.step_count == 2 and np.array_equal(model.flat_params, other.model.flat_params)
+    with pytest.raises(ValueError, match="v must have shape"):
+        other.load_state(1, optimizer.m, optimizer.v[1:])
+    assert other.step_count == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("weight_decay", math.inf),
+        ("decay", "some"),
+    ],
+)
+def test_options_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"AdamW: {option} "):
+        AdamW(GPT2(CONFIG, ops=reference), **{option: value})
+
+
+def test_a_wrong_learning_rate_changes_nothing(ops):
+    model = model_with_gradients(ops)
+    optimizer, before = AdamW(model), model.flat_params.copy()
+    with pytest.raises(ValueError, match="learning_rate is out of range: nan"):
+        optimizer.step(learning_rate=math.nan)
+    assert optimizer.step_count == 0 and np.array_equal(model.flat_params, before)
