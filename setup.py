@@ -4,14 +4,18 @@ The ops in pyllmc/_ops are compiled once per instruction set (ISA): the same sou
 pyllmc/_ops/isa.pyx, compiled without ISA flags, picks one at import.
 
 Environment:
-    PYLLMC_NO_OPENMP=1   build without threads
-    PYLLMC_DEBUG=1       -O1 -g; PYLLMC_SANITIZE=address,undefined adds -fsanitize
-    PYLLMC_ANNOTATE=1    Cython's annotated HTML beside the generated C in build/cython
+    CC=clang             another compiler than the one that Python was built with
     MAX_JOBS=n           compile n extensions at a time (default: the number of processors)
+    PYLLMC_NO_OPENMP=1   build without threads
+    PYLLMC_DEBUG=1       -O1 -g
+    PYLLMC_SANITIZE=...  -fsanitize=..., for example address,undefined; to run such a build with gcc:
+                         LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 python ...
+    PYLLMC_ANNOTATE=1    Cython's annotated HTML beside the C that it generates in build/cython
 """
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,114 +23,263 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+# setuptools comes first: it provides the distutils that Cython imports
+# isort: split
+import Cython
 from Cython.Build import cythonize
 
 DEBUG = os.environ.get("PYLLMC_DEBUG") == "1"
 SANITIZE = os.environ.get("PYLLMC_SANITIZE", "")
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
-X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+# The flags of each ISA module, and a program that shows whether the compiler knows the ISA.
 ISA_FLAGS = {"baseline": []}
-if X86_64:
+ISA_PROGRAMS = {
+    "baseline": "#if !(defined(__SSE2__) || (defined(__ARM_NEON) && defined(__aarch64__)))\n"
+    "#error pyllmc needs SSE2 or NEON\n#endif\nint main(void) { return 0; }\n",
+}
+if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["avx512"] = ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
+    ISA_PROGRAMS["avx2"] = (
+        "#include <immintrin.h>\nint main(void) { __m256 x = _mm256_setzero_ps();"
+        " return _mm256_movemask_ps(_mm256_fmadd_ps(x, x, x)); }\n"
+    )
+    ISA_PROGRAMS["avx512"] = (
+        "#include <immintrin.h>\nint main(void) { __m512 x = _mm512_setzero_ps();"
+        " return _mm512_cmp_ps_mask(_mm512_fmadd_ps(x, x, x), x, _CMP_LT_OQ); }\n"
+    )
 
-# -ffp-contract=off: a product and a sum fuse only where the source says vfma. Never -ffast-math: it sets flush-to-zero
-# for the whole process at import, and breaks infinities.
-FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-         "-Wno-unused-function", "-Wno-psabi"]
+# -ffp-contract=off: a product and a sum fuse only where the source says vfma, so every compiler gives the same bits.
+# Never -ffast-math: it sets flush-to-zero for the whole process at import, and breaks infinities.
+FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS += ["-Wno-unused-function", "-Wno-psabi"]
 FLAGS += ["-O1", "-g"] if DEBUG else ["-O3", "-g0"]
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
 
 # The kernels work on plain pointers, so the checks that Cython makes on Python's own sequences cost nothing: they stay.
 DIRECTIVES = {"language_level": 3, "cdivision": True, "binding": True}
 
-INSTALL_HINTS = {
-    "compiler": "a C compiler is missing. Install one: Debian/Ubuntu `sudo apt-get install gcc`, "
-                "Fedora `sudo dnf install gcc`, macOS `xcode-select --install`.",
-    "headers": "Python's C headers (Python.h) are missing. Install them: Debian/Ubuntu `sudo apt-get install python3-dev`, "
-               "Fedora `sudo dnf install python3-devel`, macOS `brew install python`.",
-    "openmp": "OpenMP is missing, so the ops will run on one thread. To have threads: Debian/Ubuntu `sudo apt-get install "
-              "libgomp1`, Fedora `sudo dnf install libgomp`, macOS `brew install libomp`; then install again.",
+VERSION = f"3.{sys.version_info.minor}"
+PROGRAM = "#include <math.h>\nint main(void) { return 0; }\n"
+PYTHON_PROGRAM = "#include <Python.h>\nint main(void) { return 0; }\n"
+OPENMP_PROGRAM = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+SYSTEMS = ("Debian, Ubuntu", "Fedora", "macOS")
+MISSING = {
+    "compiler": "there is no working C compiler",
+    "headers": "Python's C headers (Python.h) are missing",
+    "openmp": "OpenMP is missing",
 }
+INSTALL = {
+    "compiler": ("sudo apt-get install build-essential", "sudo dnf install gcc", "xcode-select --install"),
+    "headers": (
+        f"sudo apt-get install python{VERSION}-dev",
+        f"sudo dnf install python{VERSION}-devel",
+        f"brew install python@{VERSION}",
+    ),
+    "openmp": (
+        "sudo apt-get install build-essential  (with clang: libomp-dev)",
+        "sudo dnf install libgomp  (with clang: libomp-devel)",
+        "brew install libomp",
+    ),
+}
+
+
+def how_to_install(what, detail):
+    """One line that says what is missing, then the command that installs it on each system."""
+    commands = [f"    {system:16}{command}" for system, command in zip(SYSTEMS, INSTALL[what], strict=True)]
+    return "\n".join([MISSING[what] + detail, *commands])
+
+
+def one_architecture(command):
+    """A compiler command without the -arch of the other kind of Mac: a universal Python names both, but ISA flags and
+    Homebrew's libraries are of one."""
+    others = {"arm64", "x86_64"} - {platform.machine()}
+    kept = []
+    for word in command:
+        if word in others and kept[-1:] == ["-arch"]:
+            kept.pop()
+        else:
+            kept.append(word)
+    return kept
+
+
+def isa_of(extension):
+    """The "avx2" of pyllmc._ops._avx2; a name that is no ISA's for the module that picks."""
+    return extension.name.rpartition(".")[2].removeprefix("_")
 
 
 def extensions():
     """One extension per ISA, and the one that picks among them."""
     here = Path("pyllmc/_ops")
     depends = [str(path) for pattern in ("*.pxi", "*.pxd", "*.h") for path in sorted(here.glob(pattern))]
-    common = dict(include_dirs=[str(here)], depends=depends)
-    found = [Extension(f"pyllmc._ops._{isa}", [f"pyllmc/_ops/_{isa}.pyx"],
-                       extra_compile_args=FLAGS + flags + SANITIZE_FLAGS, extra_link_args=SANITIZE_FLAGS, **common)
-             for isa, flags in ISA_FLAGS.items()]
-    return found + [Extension("pyllmc._ops.isa", ["pyllmc/_ops/isa.pyx"], extra_compile_args=FLAGS)]
+    ops = [
+        Extension(f"pyllmc._ops._{isa}", [f"pyllmc/_ops/_{isa}.pyx"], include_dirs=[str(here)], depends=depends)
+        for isa in ISA_FLAGS
+    ]
+    return [*ops, Extension("pyllmc._ops.isa", ["pyllmc/_ops/isa.pyx"])]
+
+
+class Build(build):
+    """Compiles before it copies, so that what is missing is the first thing said."""
+
+    sub_commands = sorted(build.sub_commands, key=lambda command: command[0] != "build_ext")
 
 
 class BuildExt(build_ext):
-    """build_ext that first says what is missing, finds OpenMP, compiles in parallel, and reports once at the end."""
+    """build_ext that says what is missing, asks the compiler what it can do, compiles in parallel, reports at the end."""
 
     def finalize_options(self):
         super().finalize_options()
         self.parallel = self.parallel or JOBS
 
-    def build_extensions(self):
-        self.require("compiler", "int main(void) { return 0; }\n", [])
-        include = sysconfig.get_path("include")
-        self.require("headers", "#include <Python.h>\nint main(void) { return 0; }\n", [f"-I{include}"])
-        compile_flags, link_flags = self.openmp()
-        for extension in self.extensions:
-            if extension.name != "pyllmc._ops.isa":
-                extension.extra_compile_args += compile_flags
-                extension.extra_link_args += link_flags
-        super().build_extensions()
-        self.report(bool(link_flags))
+    def run(self):
+        super().run()
+        for isa in self.left_out:  # by an earlier build, with another compiler
+            Path(self.get_ext_fullpath(f"pyllmc._ops._{isa}")).unlink(missing_ok=True)
+        self.report()
 
-    def compiles(self, source, compile_flags, link_flags=()):
-        """Whether the compiler that will build the extensions compiles and links this program."""
+    def build_extensions(self):
+        if self.compiler.compiler_type != "unix":
+            raise SystemExit("\npyllmc cannot be built: it needs gcc or clang; on Windows, use it in WSL\n")
+        if sys.platform == "darwin" and "ARCHFLAGS" not in os.environ:
+            self.change_commands(one_architecture)
+        self.require_compiler()
+        self.require_headers_and_vectors()
+
+        self.configure()
+        self.generate_c()
+        settings, text = Path(self.build_temp, "settings.txt"), self.settings()
+        # What was compiled with other settings is not up to date, whatever its date says.
+        self.force = self.force or not settings.exists() or settings.read_text() != text
+        super().build_extensions()
+        settings.write_text(text)
+
+    def configure(self):
+        """Gives each extension the flags that this compiler takes."""
+        flags = self.accepted(FLAGS)
+        self.threads, (compile_flags, link_flags) = self.openmp()
+        self.left_out = self.leave_out_isas(flags)
+        for extension in self.extensions:
+            isa = isa_of(extension)
+            extension.extra_compile_args = flags + SANITIZE_FLAGS
+            extension.extra_link_args = SANITIZE_FLAGS
+            if isa in ISA_FLAGS:
+                extension.extra_compile_args = flags + ISA_FLAGS[isa] + SANITIZE_FLAGS + compile_flags
+                extension.extra_link_args = SANITIZE_FLAGS + link_flags
+
+    def generate_c(self):
+        """Cython's part: the extensions' sources become C files."""
+        generated = cythonize(
+            [Extension(extension.name, extension.sources, depends=extension.depends) for extension in self.extensions],
+            compiler_directives=DIRECTIVES,
+            build_dir=f"build/cython/{Cython.__version__}",
+            nthreads=JOBS,
+            annotate=os.environ.get("PYLLMC_ANNOTATE") == "1",
+        )
+        for extension, with_c in zip(self.extensions, generated, strict=True):
+            extension.sources = with_c.sources
+
+    def settings(self):
+        """All that decides what the compiler makes of a source, as text."""
+        of_extensions = [(each.sources, each.extra_compile_args, each.extra_link_args) for each in self.extensions]
+        return repr([self.compiler.compiler_so, self.compiler.linker_so, *of_extensions])
+
+    def error(self, source, compile_flags, link_flags=()):
+        """Why the compiler that will build the extensions cannot build this program; "" where it can."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.c")
             path.write_text(source)
-            command = [*self.compiler.compiler, *compile_flags, str(path), "-o", str(Path(folder, "probe")), *link_flags]
+            command = [*self.compiler.compiler, *compile_flags, str(path), "-o", str(Path(folder, "probe"))]
+            command += [*os.environ.get("LDFLAGS", "").split(), *link_flags]
             try:
-                return subprocess.run(command, capture_output=True).returncode == 0
-            except OSError:
-                return False
+                done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+            except OSError as error:
+                return f"{command[0]}: {error.strerror}"
+        if done.returncode == 0:
+            return ""
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        return lines[0].replace(folder + os.sep, "") if lines else f"{command[0]}: exit status {done.returncode}"
 
-    def require(self, what, source, flags):
-        if not self.compiles(source, flags):
-            raise SystemExit(f"\npyllmc cannot be built: {INSTALL_HINTS[what]}\n")
+    def change_commands(self, change):
+        """Replaces each of the compiler's commands, a list of words, by what `change` makes of it."""
+        for name in ("compiler", "compiler_so", "linker_so"):
+            self.compiler.set_executable(name, change(getattr(self.compiler, name)))
+
+    def require_compiler(self):
+        """Python's own compiler, or the one that CC names; where neither is there, gcc or clang."""
+        error = self.error(PROGRAM, [])
+        if error and "CC" not in os.environ:
+            for other in filter(shutil.which, ("gcc", "clang")):
+                self.change_commands(lambda command, other=other: [other, *command[1:]])
+                if not self.error(PROGRAM, []):
+                    return
+        if error:
+            raise SystemExit(
+                f"\npyllmc cannot be built: {how_to_install('compiler', f' ({error}). Install one:')}\n"
+                "or name one that is there, as in: CC=clang pip install .\n"
+            )
+
+    def require_headers_and_vectors(self):
+        include = sysconfig.get_path("include")
+        if self.error(PYTHON_PROGRAM, [f"-I{include}"]):
+            raise SystemExit(
+                f"\npyllmc cannot be built: {how_to_install('headers', f' in {include}. Install them:')}\n"
+            )
+        if self.error(ISA_PROGRAMS["baseline"], []):
+            raise SystemExit(
+                "\npyllmc cannot be built: it computes with SSE2, AVX2 or AVX-512 on x86-64 and with NEON "
+                f"on aarch64, and the compiler's target ({platform.machine()}) has none of them\n"
+            )
+
+    def accepted(self, flags):
+        """Those of the flags that this compiler takes."""
+        return flags if not self.error(PROGRAM, flags) else [flag for flag in flags if not self.error(PROGRAM, [flag])]
 
     def openmp(self):
-        """Flags to compile and to link OpenMP programs with; empty where there is no OpenMP."""
+        """What to say about OpenMP, and the flags to compile and to link with it: none where there is none."""
         if os.environ.get("PYLLMC_NO_OPENMP") == "1":
-            return [], []
-        source = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+            return "no (PYLLMC_NO_OPENMP=1): the ops run on one thread", ([], [])
         candidates = [(["-fopenmp"], ["-fopenmp"])]
         if sys.platform == "darwin":
             for prefix in (os.environ.get("HOMEBREW_PREFIX", "/opt/homebrew"), "/usr/local"):
                 root = f"{prefix}/opt/libomp"
-                candidates.append((["-Xpreprocessor", "-fopenmp", f"-I{root}/include"],
-                                   [f"-L{root}/lib", "-lomp", f"-Wl,-rpath,{root}/lib"]))
+                compile_flags = ["-Xpreprocessor", "-fopenmp", f"-I{root}/include"]
+                candidates.append((compile_flags, [f"-L{root}/lib", "-lomp", f"-Wl,-rpath,{root}/lib"]))
         for compile_flags, link_flags in candidates:
-            if self.compiles(source, compile_flags, link_flags):
-                return compile_flags, link_flags
-        print(f"\npyllmc: {INSTALL_HINTS['openmp']}\n", file=sys.stderr)
-        return [], []
+            if not self.error(OPENMP_PROGRAM, compile_flags, link_flags):
+                return "yes", (compile_flags, link_flags)
+        no = "no: " + how_to_install("openmp", ", so the ops run on one thread. To have threads, install again after:")
+        return no, ([], [])
 
-    def report(self, openmp):
-        lines = ["pyllmc build report",
-                 f"  compiler   {' '.join(self.compiler.compiler)}",
-                 f"  ISA        {', '.join(ISA_FLAGS)} (the best one that the CPU runs is chosen at import)",
-                 f"  OpenMP     {'yes' if openmp else 'no: one thread'}",
-                 "  CUDA       no: this version computes on the CPU",
-                 f"  build      {'debug (PYLLMC_DEBUG=1)' if DEBUG else 'release'}"]
+    def leave_out_isas(self, flags):
+        """Drops the ISA modules that this compiler cannot build, and returns {ISA: why}."""
+        errors = {isa: self.error(ISA_PROGRAMS[isa], flags + isa_flags) for isa, isa_flags in ISA_FLAGS.items()}
+        left_out = {isa: error for isa, error in errors.items() if error}
+        self.extensions = [extension for extension in self.extensions if isa_of(extension) not in left_out]
+        return left_out
+
+    def report(self):
+        """One report, the last thing said; `python -m pyllmc info` tells the same of the built package."""
+        built = [isa for isa in ISA_FLAGS if isa not in self.left_out]
+        lines = [
+            "pyllmc build report",
+            f"  compiler   {' '.join(self.compiler.compiler_so)}",
+            f"  flags      {' '.join(self.extensions[-1].extra_compile_args)}",
+            f"  ISA        {', '.join(built)}; the best one that the processor runs is chosen at import",
+        ]
+        lines += [f"  left out   {isa}: {why}" for isa, why in self.left_out.items()]
+        lines += [
+            f"  OpenMP     {self.threads}",
+            "  CUDA       no: this version computes on the CPU",
+            f"  build      {'debug (PYLLMC_DEBUG=1)' if DEBUG else 'release'}",
+        ]
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-setup(
-    ext_modules=cythonize(extensions(), compiler_directives=DIRECTIVES, build_dir="build/cython", nthreads=JOBS,
-                          annotate=os.environ.get("PYLLMC_ANNOTATE") == "1",
-                          show_all_warnings=False),
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildExt})

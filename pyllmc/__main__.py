@@ -38,13 +38,13 @@ def info() -> str:
     rows = [
         ("pyllmc", __version__),
         ("Python", f"{platform.python_version()}, NumPy {numpy.__version__}, {platform.system()} {platform.machine()}"),
+        ("CUDA", _cuda()),
         ("processor", hardware.cpu_name()),
     ]
     try:
         rows += _cpu_rows()
     except ImportError as error:
         rows.append(("CPU ops", f"not available: {error}"))
-    rows.append(("CUDA", _cuda()))
     free = hardware.free_memory()
     rows.append(("memory", f"{format_bytes(free)} free" if free is not None else "unknown"))
     return aligned(rows)
@@ -54,13 +54,14 @@ def _cpu_rows() -> list[tuple[str, str]]:
     ops = backend("cpu")
     from ._ops import isa
 
-    threads = ops.get_num_threads()
+    threads, chosen = ops.get_num_threads(), isa.choose()
+    name = chosen if chosen == ops.NAME else f"{chosen} ({ops.NAME})"
     lacking = [name for name in isa.BUILT if name not in isa.AVAILABLE]
     return [
         ("threads", f"{threads} ({hardware.threads_source(threads)})"),
         (
             "instruction set",
-            f"{ops.NAME}, {ops.VECTOR_WIDTH} floats at a time; this processor runs {', '.join(isa.AVAILABLE)}"
+            f"{name}, {ops.VECTOR_WIDTH} floats at a time; this processor runs {', '.join(isa.AVAILABLE)}"
             + (f", not {', '.join(lacking)}" if lacking else "")
             + "; PYLLMC_ISA chooses",
         ),

@@ -11,6 +11,9 @@ A sample is world_size * B * T consecutive tokens of one shard (file); rank r re
 and the targets are the inputs one token later. The tail of a shard that fills no sample is left out. Shuffling draws
 the order of the shards anew at every epoch and the order of the samples anew at every shard, from MT19937.
 
+So the B rows of a batch are neighbours in the text, and a small batch sees little of its variety. With scatter_rows
+every row is a sample of its own, drawn as llm.c draws the batches of B = 1: a batch is B of those.
+
 Called by train.py; the files come from `pyllmc.datasets` or from llm.c. Files are read with pread, not mapped, so that
 one that shrinks meanwhile is an error and not a crash.
 """
@@ -48,6 +51,7 @@ class DataLoader:
     pattern      path of one token file, or a glob pattern; the shards are taken in the order of their names
     B, T         int, batch size and sequence length
     shuffle      as described above; otherwise everything in its order
+    scatter_rows as described above; otherwise the rows of a batch follow one another, as llm.c's do
     seed         int, of the shuffling; rank r uses seed + r, so each rank has an order of its own
     rank         int in [0, world_size), which slice of every sample is ours
     vocab_size   int or None; with it, a token >= vocab_size is a ValueError with file and position
@@ -63,6 +67,7 @@ class DataLoader:
         T: int,
         *,
         shuffle: bool = False,
+        scatter_rows: bool = False,
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
@@ -74,12 +79,13 @@ class DataLoader:
         if self.rank >= self.world_size:
             raise ValueError(f"DataLoader: rank must be in [0, {self.world_size}), got {self.rank}")
         self.shuffle = bool(shuffle)
+        self._sample_rows = 1 if scatter_rows else self.B
         self.vocab_size = vocab_size
         self.shards = [Shard(path, _read_num_tokens(path)) for path in _matching(pattern)]
         for shard in self.shards:
             if shard.num_tokens <= self._sample_tokens:
                 raise ValueError(
-                    f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self.B} x {self.T} tokens"
+                    f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self._sample_rows} x {self.T} tokens"
                     f"{f' in {self.world_size} processes' if self.world_size > 1 else ''} needs at least "
                     f"{self._sample_tokens + 1}; use more text, a smaller batch or a shorter context"
                 )
@@ -95,11 +101,11 @@ class DataLoader:
     @property
     def num_batches(self) -> int:
         """Batches in one epoch."""
-        return sum(self._num_samples(shard) for shard in self.shards)
+        return sum(self._num_samples(shard) for shard in self.shards) * self._sample_rows // self.B
 
     @property
     def _sample_tokens(self) -> int:
-        return self.world_size * self.B * self.T
+        return self.world_size * self._sample_rows * self.T
 
     def _num_samples(self, shard: Shard) -> int:
         return (shard.num_tokens - 1) // self._sample_tokens
@@ -125,18 +131,27 @@ class DataLoader:
         self._shard_index, self._shard = index, shard
 
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next inputs and targets, int32 (B, T), fresh arrays. After the last batch the next epoch begins."""
+        """The next inputs and targets, int32 (B, T), fresh arrays. After the last sample the next epoch begins."""
+        inputs = np.empty((self.B, self.T), np.int32)
+        targets = np.empty((self.B, self.T), np.int32)
+        for row in range(0, self.B, self._sample_rows):
+            tokens = self._next_sample()
+            inputs[row : row + self._sample_rows] = tokens[:-1].reshape(-1, self.T)
+            targets[row : row + self._sample_rows] = tokens[1:].reshape(-1, self.T)
+        return inputs, targets
+
+    def _next_sample(self) -> np.ndarray:
+        """This rank's tokens of the next sample, and the one that follows them."""
         if self._sample >= self._num_samples(self._shard):
             if self._shard_index + 1 < len(self.shards):
                 self._begin_shard(self._shard_index + 1)
             else:
                 self.reset()
         sample = self._sample if self._sample_order is None else int(self._sample_order[self._sample])
-        count = self.B * self.T
+        count = self._sample_rows * self.T
         tokens = self._read(sample * self._sample_tokens + self.rank * count, count + 1)
         self._sample += 1
-        inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int32)
-        return inputs.reshape(self.B, self.T), targets.reshape(self.B, self.T)
+        return tokens
 
     def _read(self, position: int, count: int) -> np.ndarray:
         """`count` tokens of the current shard from `position` on, uint16."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -72,8 +72,11 @@ _LINE = re.compile(r"s:(\d+)((?: [a-z]+:\S+)+)")
 
 
 class MainLog:
-    """The lines of one run, each in the file as soon as it is written. With `resume_step` the lines before that step
-    are kept, so that the file of a resumed run equals that of an uninterrupted one; without it the file starts empty."""
+    """The lines of one run, each in the file as soon as it is written.
+
+    With `resume_step` the lines before that step are kept, so that a resumed run's file equals that of an uninterrupted
+    one; without it the file starts empty.
+    """
 
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
         kept = []
@@ -138,7 +141,7 @@ class Pace:
         self._sum = self.SMOOTHING * self._sum + (1 - self.SMOOTHING) * seconds
 
     def pause(self, kind: str, every: int, seconds: float) -> None:
-        """A pause that comes `every` steps (0: never) and after the last one took, or is expected to take, `seconds`."""
+        """A pause that comes `every` steps (0: never) and after the last one took, or shall take, `seconds`."""
         self._pauses[kind] = (every, seconds)
 
     @property
@@ -189,12 +192,10 @@ class Console:
 
     def write(self, text: str) -> None:
         """Text as it is, at once."""
-        if self.lost is None:
-            try:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            except OSError as error:
-                self.lost = error
+        # A process that was started without an output has None for it.
+        if sys.stdout is not None:
+            self._guarded(sys.stdout.write, text)
+            self._guarded(sys.stdout.flush)
 
     @contextlib.contextmanager
     def open_text(self) -> Iterator[None]:
@@ -207,7 +208,7 @@ class Console:
 
     def start(self, done: int) -> None:
         """The steps begin, the first `done` of them are there already."""
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             # tqdm's monitor is a thread that only helps loops which do not report; this one reports every step.
             tqdm.monitor_interval = 0
             size = shutil.get_terminal_size()
@@ -242,9 +243,9 @@ class Console:
             bar, self._bar = self._bar, None
             self._guarded(bar.close)
 
-    def _guarded(self, action) -> None:
+    def _guarded(self, action: Callable, *arguments) -> None:
         if self.lost is None:
             try:
-                action()
+                action(*arguments)
             except OSError as error:
-                self.lost = error
+                self.lost = OSError(error.errno, error.strerror, "standard output")

@@ -51,7 +51,11 @@ def plot_losses(folders: str | Path | Sequence[str | Path], path: str | Path | N
     several, in the current one) unless given. ImportError without matplotlib; OSError, ValueError for a bad log."""
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     runs = read_runs(folders)
-    path = Path(path) if path else Path(folders[0] if len(folders) == 1 and Path(folders[0]).is_dir() else ".", PICTURE_FILE)
+    path = (
+        Path(path)
+        if path
+        else Path(folders[0] if len(folders) == 1 and Path(folders[0]).is_dir() else ".", PICTURE_FILE)
+    )
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
     figure = _draw(runs)
@@ -82,7 +86,7 @@ def _draw(runs: dict[str, dict]):
 
 
 def _labels_and_colours(name: str, index: int, count: int) -> tuple[str, str, str, str]:
-    """Labels and colours of the training and the validation curve: of one run in two colours, of several in one each."""
+    """Labels and colours of the training and the validation curve: one run has two colours, several have one each."""
     if count == 1:
         return "training", "validation", COLOURS[0], COLOURS[1]
     colour = COLOURS[index % len(COLOURS)]
@@ -94,13 +98,15 @@ def _draw_run(axes, curves: dict, train_label: str, validation_label: str, train
     if train:
         steps, losses = list(train), list(train.values())
         axes.plot(steps, losses, color=train_colour, alpha=0.2, linewidth=0.7)
-        # About the last fiftieth of the run counts in each point.
-        line = smoothed(losses, 1 - min(1.0, 50 / len(losses)))
+        # Each point averages about the last hundredth of the run.
+        line = smoothed(losses, 1 - min(1.0, 100 / len(losses)))
         axes.plot(steps, line, color=train_colour, linewidth=1.6, label=f"{train_label} (last {line[-1]:.3f})")
     if validation:
         steps, losses = list(validation), list(validation.values())
         label = f"{validation_label} (last {losses[-1]:.3f}, best {min(losses):.3f})"
-        axes.plot(steps, losses, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white", label=label)
+        axes.plot(
+            steps, losses, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white", label=label
+        )
         axes.annotate(
             f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(6, 0), textcoords="offset points", va="center",
             color=colour, weight="bold", annotation_clip=False,
@@ -127,7 +133,7 @@ def loss_table(runs: dict[str, dict], rows: int = 12) -> str:
     lines = []
     for name, curves in runs.items():
         train, validation = curves.get("trl", {}), curves.get("tel", {})
-        average = dict(zip(train, smoothed(list(train.values()), 1 - min(1.0, 50 / max(1, len(train)))), strict=True))
+        average = dict(zip(train, smoothed(list(train.values()), 1 - min(1.0, 100 / max(1, len(train)))), strict=True))
         # Validations are the points of interest where there are enough of them; otherwise evenly spaced steps.
         steps = sorted(validation) if len(validation) > 2 else sorted({*train, *validation})
         stride = max(1, round(len(steps) / rows))

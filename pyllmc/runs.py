@@ -10,6 +10,7 @@ Used by train.py alone: `claimed` is the block in which a run owns its folder. C
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -51,8 +52,9 @@ def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
     folder = Path(os.path.realpath(folder))
     moved = None
     if folder.is_dir() and not resume:
+        began_here = has_run(folder) or (folder / _LOCK_FILE).exists()
         with _locked(folder):
-            moved = _make_room(folder)
+            moved = _make_room(folder, began_here)
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -61,7 +63,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
                 yield moved
             except BaseException:
                 if not has_run(folder):
-                    _delete(folder, [*run_files(folder), _LOCK_FILE])
+                    _delete(folder, run_files(folder))
                 raise
     finally:
         # Only those that are still empty can go.
@@ -72,12 +74,13 @@ def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
             moved.rename(folder)
 
 
-def _make_room(folder: Path) -> Path | None:
-    """Clears a locked folder for a new run; returns where it put the run that was there, if it had a checkpoint."""
+def _make_room(folder: Path, began_here: bool) -> Path | None:
+    """Clears a locked folder for a new run; returns where it put the run that was there, if it had a checkpoint.
+    `began_here`: a run was in this folder, be it one that was killed while it got ready."""
     own = run_files(folder)
     if not own:
         return None
-    if not has_run(folder):
+    if not began_here:
         raise ValueError(f"{folder}: {own[0]} is there already, and not from a training run; choose another --out")
     if not any(name.startswith("DONE_") for name in own):
         _delete(folder, own)
@@ -100,16 +103,30 @@ def _delete(folder: Path, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock file; it goes with the process, however that ends. ValueError naming another holder."""
-    descriptor = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    """Holds the folder's lock file; the lock goes with the process, however that ends. ValueError naming its holder."""
+    path = folder / _LOCK_FILE
+    is_new = not path.exists()
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write in this folder: {error.strerror}", str(folder)) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").strip()
             raise ValueError(f"{folder}: process {holder} is training there; choose another --out") from None
+        except OSError as error:
+            # Some network file systems have no locks; then there is none.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         yield
+    except BaseException:
+        # A refused or failed start leaves nothing in a folder that is not a run's.
+        if is_new and not has_run(folder):
+            path.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)

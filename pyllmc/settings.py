@@ -5,6 +5,7 @@ the command line. The run's folder keeps them as `recipe.toml`, which is itself 
 Called by train.py; calls cli.py for the checks.
 """
 
+import argparse
 import difflib
 import json
 import tomllib
@@ -21,6 +22,26 @@ DEFAULT_RECIPE = "shakespeare"
 RECIPE_FILE = "recipe.toml"
 
 
+# What an int32 of a training state holds; no setting needs more.
+LARGEST = 2**31 - 1
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _limited(cli.positive_int(text))
+
+
+def _count_or_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return _limited(cli.non_negative_int(text))
+
+
+def _limited(number: int) -> int:
+    if number > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at most {LARGEST}, got {number}")
+    return number
+
+
 def option(default, check: Callable, help: str, *, choices=None, metavar: str = "N", result: bool = True):
     """A field of Settings. `check` turns the option's text into its value or raises argparse.ArgumentTypeError;
     `result` says that the trained weights depend on it, so that a resumed run cannot change it."""
@@ -33,14 +54,14 @@ class Settings:
     """The settings of one training run, all checked one by one; what they mean together is checked by train.py."""
 
     text: str = option("", str, "text file (UTF-8) to train on; without it, the built-in Shakespeare", metavar="FILE")
-    layers: int = option(4, cli.positive_int, "transformer blocks")
-    heads: int = option(4, cli.positive_int, "attention heads; must divide the channels")
-    channels: int = option(128, cli.positive_int, "width of the model")
-    context: int = option(64, cli.positive_int, "characters that the model sees at once")
-    batch_size: int = option(12, cli.positive_int, "sequences in one step")
-    max_steps: int = option(2000, cli.positive_int, "steps to train")
+    layers: int = option(4, _count, "transformer blocks")
+    heads: int = option(4, _count, "attention heads; must divide the channels")
+    channels: int = option(128, _count, "width of the model")
+    context: int = option(64, _count, "tokens that the model sees at once; a token is a character")
+    batch_size: int = option(12, _count, "sequences in one step")
+    max_steps: int = option(2000, _count, "steps to train")
     learning_rate: float = option(3e-4, cli.positive_float, "peak learning rate", metavar="X")
-    warmup: int = option(0, cli.non_negative_int, "steps in which the learning rate rises to its peak")
+    warmup: int = option(0, _count_or_zero, "steps in which the learning rate rises to its peak")
     schedule: str = option("cosine", str, "how the learning rate falls after the warm-up", choices=SCHEDULES)
     final_lr_fraction: float = option(
         0.1, cli.fraction, "the last learning rate, as a fraction of the peak", metavar="X"
@@ -52,21 +73,26 @@ class Settings:
         1.0, cli.non_negative_float, "scale gradients down to this norm; 0 leaves them alone", metavar="X"
     )
     seed: int = option(42, cli.seed, "seed of the first weights and of the order of the data")
-    threads: int = option(0, cli.non_negative_int, "CPU threads; 0 takes all there are", result=False)
-    out: str = option("", str, "the run's folder; by default out/ and the recipe's or the text's name",
-                      metavar="FOLDER", result=False)
-    val_every: int = option(250, cli.non_negative_int, "steps between validations; 0 means only at the end",
-                            result=False)
-    val_batches: int = option(20, cli.non_negative_int, "batches in one validation; 0 means all of the held-out text",
-                              result=False)
-    sample_every: int = option(1000, cli.non_negative_int, "steps between samples of text; 0 means none", result=False)
-    sample_length: int = option(300, cli.positive_int, "tokens in a sample", result=False)
-    checkpoint_every: int = option(1000, cli.non_negative_int, "steps between checkpoints; 0 means only at the end",
-                                   result=False)
-    keep_checkpoints: int = option(1, cli.non_negative_int, "newest checkpoints to keep; 0 keeps all", result=False)
-    log_every: int = option(0, cli.non_negative_int,
-                            "steps between lines when the output is not a terminal; 0 gives about forty lines in all",
-                            result=False)
+    threads: int = option(0, _count_or_zero, "CPU threads; 0 takes all there are", result=False)
+    out: str = option(
+        "", str, "the run's folder; by default out/ and the recipe's or the text's name", metavar="FOLDER", result=False
+    )
+    val_every: int = option(250, _count_or_zero, "steps between validations; 0 means only at the end", result=False)
+    val_batches: int = option(
+        20, _count_or_zero, "batches in one validation; 0 means all of the held-out text", result=False
+    )
+    sample_every: int = option(1000, _count_or_zero, "steps between samples of text; 0 means none", result=False)
+    sample_length: int = option(300, _count, "tokens in a sample", result=False)
+    checkpoint_every: int = option(
+        1000, _count_or_zero, "steps between checkpoints; 0 means only at the end", result=False
+    )
+    keep_checkpoints: int = option(1, _count_or_zero, "newest checkpoints to keep; 0 keeps all", result=False)
+    log_every: int = option(
+        0,
+        _count_or_zero,
+        "steps between lines when the output is not a terminal; 0 gives about forty lines in all",
+        result=False,
+    )
 
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}
@@ -104,7 +130,7 @@ def _checked(name: str, value, source: str):
         raise ValueError(f"{source}: {name} must be one of {', '.join(choices)}, got {value!r}")
     try:
         return setting.metadata["check"](str(value))
-    except cli.argparse.ArgumentTypeError as error:
+    except argparse.ArgumentTypeError as error:
         raise ValueError(f"{source}: {name}: {error}") from None
 
 

@@ -1,8 +1,8 @@
 """`python -m pyllmc.train`: text in, a trained model out. Without arguments a small character GPT on Shakespeare.
 
-Puts the pieces together: settings (settings.py), the run's folder (runs.py), text to tokens (datasets), model, optimizer
-and the loop, whose order is llm.c's: for step = 0 .. N validate, sample, save, train; the last round only does the first
-three. A checkpoint number S has S updates behind it, and `--resume` goes on from it bit for bit.
+Puts the pieces together: settings (settings.py), the run's folder (runs.py), text to tokens (datasets), model, AdamW,
+and the loop, whose order is llm.c's: for step = 0 .. N validate, sample, save, train; the last round does all but the
+last. Checkpoint number S has S updates behind it, and `--resume` goes on from it bit for bit.
 
 Exit codes, for scripts that start a run again until it is done:
 
@@ -28,7 +28,14 @@ from pathlib import Path
 
 from . import cli, hardware, runs
 from .backends import backend
-from .checkpoint import find_latest, load_checkpoint, remove_old_checkpoints, save_checkpoint
+from .checkpoint import (
+    Checkpoint,
+    find_latest,
+    list_steps,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from .config import GPT2Config
 from .dataloader import DataLoader
 from .datasets import SHAKESPEARE, prepare_text
@@ -90,7 +97,8 @@ class Stop:
 
 @dataclass
 class Run:
-    """Everything that one training run works with. `peak` is the machine's, in GFLOP/s."""
+    """Everything that one training run works with. `peak` is the machine's in GFLOP/s, `free_memory` what was free in
+    bytes, where known, before the run took its share."""
 
     settings: Settings
     folder: Path
@@ -102,6 +110,7 @@ class Run:
     console: Console
     pace: Pace
     peak: float
+    free_memory: int | None
     start: int
     skipped_in_a_row: int = 0
     validation_loss: float = math.nan
@@ -112,8 +121,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for: settings (of a resumed run: with those it recorded), where, and whether to go on.
-    `text` is the text that was named, if one was."""
+    """What the command line asks for: settings (those of a resumed run come from its folder), where, whether to go on,
+    and the text that it names, if it names one."""
 
     settings: Settings
     folder: Path
@@ -127,6 +136,8 @@ def _read_request(argv: Sequence[str] | None) -> Request:
         description="Train a GPT on text. Without arguments: a small one on Shakespeare, in about two minutes. "
         "The run's folder gets its checkpoint, its tokenizer, main.log and loss.png; an earlier run that is there "
         "moves to FOLDER.1. Ctrl-C saves a checkpoint and stops.",
+        epilog="Exit codes: 0 the run is complete; 1 or 2 an error; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or "
+        "SIGHUP, after the step was finished and saved: the same with --resume goes on.",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings to start from; options override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its checkpoint")
@@ -199,6 +210,7 @@ def _prepare(request: Request, console: Console) -> Run:
     elif request.text:
         _check_same_text(request.text, folder, min_tokens)
     tokenizer = Tokenizer.load(folder / "tokenizer.bin")
+    free_memory = hardware.free_memory()
     config = _check_needs(settings, tokenizer.vocab_size, folder)
     checkpoint = find_latest(folder) if request.resume else None
     if checkpoint is None:
@@ -207,11 +219,9 @@ def _prepare(request: Request, console: Console) -> Run:
         model = GPT2.from_checkpoint(checkpoint.model_path)
         if model.config != config:
             raise ValueError(f"{checkpoint.model_path}: is a {model.config}, the settings beside it say {config}")
-    optimizer = AdamW(
-        model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay
-    )
+    optimizer = AdamW(model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay)
     train_loader = DataLoader(
-        folder / "train.bin", B, T, shuffle=True, seed=settings.seed, vocab_size=config.vocab_size
+        folder / "train.bin", B, T, shuffle=True, scatter_rows=True, seed=settings.seed, vocab_size=config.vocab_size
     )
     val_loader = DataLoader(folder / "val.bin", B, T, vocab_size=config.vocab_size)
     if checkpoint is not None:
@@ -223,7 +233,7 @@ def _prepare(request: Request, console: Console) -> Run:
     pace = _measure_pace(settings, model, val_loader)
     peak = max(peak, hardware.peak_gflops(0.1))
     return Run(
-        settings, folder, tokenizer, train_loader, val_loader, model, optimizer, console, pace, peak,
+        settings, folder, tokenizer, train_loader, val_loader, model, optimizer, console, pace, peak, free_memory,
         start=checkpoint.step if checkpoint else 0,
     )  # fmt: skip
 
@@ -231,20 +241,17 @@ def _prepare(request: Request, console: Console) -> Run:
 def _measure_pace(settings: Settings, model: GPT2, val_loader: DataLoader) -> Pace:
     """The pace to expect, from a forward and backward on held-out text, which leave no trace in the run."""
     batch = val_loader.next_batch()
-    total = least = math.inf
+    times = []
     # The first time also allocates; a large model's step takes long enough to be the measure itself.
-    for _ in range(4):
+    while len(times) < 5 and sum(times) < 3.0:
         begin = time.perf_counter()
         float(model.forward_backward(*batch))
         model.zero_grad()
-        seconds = time.perf_counter() - begin
-        least, total = min(least, seconds), seconds if total == math.inf else total + seconds
-        if total > 1.0:
-            break
+        times.append(time.perf_counter() - begin)
     B, T = settings.batch_size, settings.context
-    pace = Pace(settings.max_steps, B * T, model.config.flops_per_token(T), least)
+    pace = Pace(settings.max_steps, B * T, model.config.flops_per_token(T), min(times))
     # Validation is all forward, a third of a step.
-    pace.pause("validation", settings.val_every, _num_val_batches(settings, val_loader) * least / 3)
+    pace.pause("validation", settings.val_every, _num_val_batches(settings, val_loader) * min(times) / 3)
     return pace
 
 
@@ -256,46 +263,28 @@ def _num_val_batches(settings: Settings, val_loader: DataLoader) -> int:
 def _print_plan(run: Run) -> None:
     """What will be done, on what, and how long it will take."""
     settings, config, pace = run.settings, run.model.config, run.pace
-    ops, B, T = backend("cpu"), settings.batch_size, settings.context
-    tokens, free, threads = run.train_loader.num_tokens, hardware.free_memory(), ops.get_num_threads()
-    text = settings.text or "nine plays of Shakespeare, built in"
-    rows = [
-        (
-            "text",
-            f"{text}: {tokens:,} characters to train on, {run.val_loader.num_tokens:,} held out, "
-            f"{config.vocab_size - 1} different ones",
-        ),
-        (
-            "model",
-            f"{config.num_parameters:,} parameters (layers {config.num_layers}, heads {config.num_heads}, "
-            f"channels {config.channels}, context {T})",
-        ),
-        (
-            "steps",
-            f"{settings.max_steps:,} of {B} x {T} characters, {settings.max_steps * B * T / tokens:.2g} times the text; "
-            f"learning rate {settings.learning_rate:g}, {settings.schedule}; seed {settings.seed}",
-        ),
-        (
-            "machine",
-            f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
-            f"peak {run.peak:.0f} GFLOP/s (float32, measured)",
-        ),
-        (
-            "memory",
-            f"{format_bytes(config.training_bytes(B, T))} needed"
-            + (f" of {format_bytes(free)} free" if free is not None else ""),
-        ),
-        (
-            "speed",
-            f"about {format_count(pace.tokens_per_second)} characters/s, {format_share(pace.gflops / run.peak)} of the peak "
-            f"(6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each)",
-        ),
-        ("time", f"about {format_duration(pace.seconds_left(run.start))}"),
-        ("folder", str(run.folder)),
-    ]
+    ops, B, T, N = backend("cpu"), settings.batch_size, settings.context, settings.max_steps
+    tokens, held_out, different = run.train_loader.num_tokens, run.val_loader.num_tokens, config.vocab_size - 1
+    free, threads = run.free_memory, ops.get_num_threads()
+    rows = {
+        "text": f"{settings.text or 'nine plays of Shakespeare, built in'}: {tokens:,} characters to train on, "
+        f"{held_out:,} held out, {different} different ones",
+        "model": f"{config.num_parameters:,} parameters (layers {config.num_layers}, heads {config.num_heads}, "
+        f"channels {config.channels}, context {T})",
+        "steps": f"{N:,} of {B} x {T} characters, {N * B * T / tokens:.2g} times the text; "
+        f"learning rate {settings.learning_rate:g}, {settings.schedule}; seed {settings.seed}",
+        "machine": f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
+        f"peak {run.peak:.0f} GFLOP/s (float32, measured)",
+        "memory": f"{format_bytes(config.training_bytes(B, T))} needed"
+        + (f" of {format_bytes(free)} free" if free is not None else ""),
+        "speed": f"about {format_count(pace.tokens_per_second)} characters/s, {format_share(pace.gflops / run.peak)} "
+        f"of the peak (6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each)",
+        "time": f"about {format_duration(pace.seconds_left(run.start))}",
+        "folder": str(run.folder),
+    }
     if run.start:
-        rows.append(("resumed", f"{run.start:,} steps are done"))
-    run.console.line(cli.printable(aligned(rows), keep="\n"))
+        rows["resumed"] = f"{run.start:,} steps are done"
+    run.console.line(cli.printable(aligned(list(rows.items())), keep="\n"))
     run.console.line()
 
 
@@ -366,6 +355,12 @@ def _show_sample(run: Run, step: int, stopping: Callable[[], bool]) -> None:
 def _save(run: Run, step: int) -> None:
     begin = time.perf_counter()
     checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader)
+    # A later one was damaged, or the run would have gone on from it.
+    for later in list_steps(run.folder):
+        if later > step:
+            damaged = Checkpoint(run.folder, later)
+            for path in (damaged.done_path, damaged.model_path, damaged.state_path):
+                path.unlink(missing_ok=True)
     if not run.skipped_in_a_row:
         remove_old_checkpoints(run.folder, run.settings.keep_checkpoints)
     run.pace.pause("checkpoint", run.settings.checkpoint_every, time.perf_counter() - begin)
@@ -423,9 +418,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if moved:
             console.line(f"the run that was in {folder} is now in {os.path.relpath(moved)}\n")
         run = _prepare(request, console)
-        if run.start == settings.max_steps:
-            console.line(f"{folder}: this run is complete, all {run.start} steps are done")
-            return 0
         _print_plan(run)
         if not request.resume:
             save_recipe(settings, folder / RECIPE_FILE)
@@ -442,7 +434,7 @@ def _train(run: Run, resume: bool) -> int:
             done = _loop(run, log, stop)
     if console.lost is not None and stop.signal is None:
         raise console.lost
-    if done < run.settings.max_steps:
+    if stop.signal is not None:
         console.line(f"\nstopped after step {done}; to go on:  {_command('train', '--out', folder, '--resume')}")
         return stop.exit_code
     seconds = format_duration(time.perf_counter() - begin)

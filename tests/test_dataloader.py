@@ -203,6 +203,21 @@ def test_nothing_matches(tmp_path):
         DataLoader(tmp_path, 2, 4)
 
 
+def test_scattered_rows_are_the_batches_of_one_row(tmp_path):
+    path = shards(tmp_path, 300)
+    single = DataLoader(path, 1, 4, shuffle=True, seed=7)
+    scattered = DataLoader(path, 3, 4, shuffle=True, scatter_rows=True, seed=7)
+    assert scattered.num_batches == single.num_batches // 3
+    for _ in range(2 * scattered.num_batches + 1):  # batches also run across the end of an epoch
+        rows = [single.next_batch() for _ in range(3)]
+        inputs, targets = scattered.next_batch()
+        assert np.array_equal(inputs, np.concatenate([row[0] for row in rows]))
+        assert np.array_equal(targets, np.concatenate([row[1] for row in rows]))
+    resumed = DataLoader(path, 3, 4, shuffle=True, scatter_rows=True, seed=1)
+    resumed.load_state_dict(scattered.state_dict())
+    assert np.array_equal(resumed.next_batch()[0], scattered.next_batch()[0])
+
+
 def test_too_short_for_all_processes_says_so(tmp_path):
     with pytest.raises(ValueError, match="in 8 processes needs at least 65"):
         DataLoader(shards(tmp_path, 40), 2, 4, world_size=8)

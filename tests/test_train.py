@@ -113,7 +113,9 @@ def test_console_output(capsys):
     assert re.findall(r"step (\d)/8 \| checkpoint (\S+)\n", rest) == [
         ("4", "out/notes/model_00000004.bin"), ("8", "out/notes/model_00000008.bin")
     ]  # fmt: skip
-    assert re.findall(r"step (\d)/8 \| loss .* norm .* lr .* ms .* tok/s .* of peak .* left\n", rest) == list("12345678")
+    assert re.findall(r"step (\d)/8 \| loss .* norm .* lr .* ms .* tok/s .* of peak .* left\n", rest) == list(
+        "12345678"
+    )
     assert "python -m pyllmc.generate --checkpoint out/notes" in rest
     assert not err
     assert not [char for char in out if char != "\n" and not char.isprintable() and char != "\N{REPLACEMENT CHARACTER}"]
@@ -121,7 +123,9 @@ def test_console_output(capsys):
 
 def test_loss_falls(capsys):
     assert run("--max-steps", "150", "--val-every", "150", "--sample-every", "0", "--checkpoint-every", "0") == 0
-    first, last = (float(line.split(":")[-1]) for line in Path("out/notes/main.log").read_text().splitlines() if "tel" in line)
+    first, last = (
+        float(line.split(":")[-1]) for line in Path("out/notes/main.log").read_text().splitlines() if "tel" in line
+    )
     assert last < first - 1.0
     assert "sample" not in capsys.readouterr().out
 
@@ -170,7 +174,7 @@ def whole(capsys):
     return content("whole")
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 6])
+@pytest.mark.parametrize("step", [0, 3, 4, 7])
 def test_resumed_run_equals_uninterrupted_one(step, whole, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
@@ -208,7 +212,7 @@ def test_stop_during_validation_and_sample(whole, capsys, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_process_can_be_resumed(number, capsys):
     """The same with a real process, at a step that chance decides; a killed one goes on from its last checkpoint."""
-    long = ["--max-steps", "3000", "--sample-every", "0", "--val-every", "0"]
+    long = ["--max-steps", "1000", "--checkpoint-every", "50", "--sample-every", "0", "--val-every", "0"]
     assert run("--out", "whole", *long) == 0
     with start("--out", "parts", "--log-every", "1", *long) as process:
         for line in process.stdout:
@@ -221,9 +225,9 @@ def test_interrupted_process_can_be_resumed(number, capsys):
         assert "to go on:" in out
         assert err.strip() == "finishing this step, then saving; the same again stops at once"
     (step,) = checkpoint.list_steps("parts")
-    assert 0 < step < 3000
+    assert 0 < step < 1000
     assert cli.run_main(train.main, ["--out", "parts", "--resume"]) == 0
-    for name in ("model_00003000.bin", "state_00003000_00000.bin", "main.log"):
+    for name in ("model_00001000.bin", "state_00001000_00000.bin", "main.log"):
         assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
 
 
@@ -236,12 +240,15 @@ def test_closed_output_saves_and_stops():
     assert checkpoint.list_steps("out/notes")
 
 
-def test_resume_of_a_complete_run_says_so(capsys):
+def test_resume_of_a_complete_run_changes_nothing(capsys):
     run()
     before = content("out/notes")
+    Path("out/notes/loss.png").unlink()
     assert run("--resume") == 0
-    assert "complete" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 steps are done" in out and "| loss" not in out.partition("8 steps are done")[2]
     assert content("out/notes") == before
+    assert Path("out/notes/loss.png").exists()
 
 
 def test_resume_before_the_first_checkpoint_starts_anew(whole, capsys):
@@ -264,31 +271,45 @@ def test_damaged_newest_checkpoint_is_passed_over(whole, capsys, monkeypatch):
     assert content("parts")["main.log"] == whole["main.log"]
 
 
+def test_damaged_checkpoint_never_counts_as_one_to_keep(whole, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        run("--out", "parts", "--keep-checkpoints", "2")
+    os.truncate("parts/model_00000006.bin", 1500)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        assert run("--out", "parts", "--resume", "--keep-checkpoints", "1") == 130
+    assert checkpoint.list_steps("parts") == [5]
+    assert run("--out", "parts", "--resume", "--keep-checkpoints", "1") == 0
+    assert content("parts") | {"recipe.toml": whole["recipe.toml"]} == whole
+
+
 # ---- losses that are not finite -------------------------------------------------------------------------------------
 
 
 def test_step_without_a_finite_loss_is_skipped(capsys, monkeypatch):
-    forward_backward, calls = GPT2.forward_backward, []
+    forward_backward, update, seen = GPT2.forward_backward, train._update, {}
 
-    def sometimes_nan(model, *batch):
-        loss = forward_backward(model, *batch)
-        calls.append(model.flat_params.copy())
-        if len(calls) in (len_before + 4, len_before + 5):
-            model.flat_grads[:] = np.nan
-            return np.float32(np.nan)
-        return loss
+    def spoilt_at_3_and_4(run, step, log):
+        def sometimes_nan(model, *batch):
+            seen[step] = model.flat_params.copy()
+            loss = forward_backward(model, *batch)
+            if step in (3, 4):
+                model.flat_grads[:] = np.nan
+                return np.float32(np.nan)
+            return loss
 
-    # The calls that measure the pace come first.
-    len_before = 4
-    monkeypatch.setattr(GPT2, "forward_backward", sometimes_nan)
+        with monkeypatch.context() as patch:
+            patch.setattr(GPT2, "forward_backward", sometimes_nan)
+            update(run, step, log)
+
+    monkeypatch.setattr(train, "_update", spoilt_at_3_and_4)
     assert run() == 0
     out = capsys.readouterr().out
     assert re.findall(r"step (\d)/8 \| update skipped: loss nan, gradient norm nan", out) == ["4", "5"]
-    # Call 4 sees the parameters that updates 0 to 2 made; so do calls 5 and 6, after two skipped updates.
-    params = calls[len_before:]
-    assert np.array_equal(params[3], params[4]) and np.array_equal(params[3], params[5])
-    assert not np.array_equal(params[5], params[6])
-    assert all(np.isfinite(array).all() for array in params)
+    assert np.array_equal(seen[3], seen[4]) and np.array_equal(seen[3], seen[5])
+    assert not np.array_equal(seen[5], seen[6])
+    assert all(np.isfinite(params).all() for params in seen.values())
     # The checkpoint of step 4 would have come right after the first skipped update.
     assert re.findall(r"checkpoint \S+model_(\d+)", out) == ["00000008"]
     assert "s:3 trl:nan" in Path("out/notes/main.log").read_text()
@@ -335,13 +356,21 @@ def test_a_run_without_checkpoint_is_replaced(capsys, monkeypatch):
     assert visible("out") == ["notes"]
 
 
+def test_what_a_killed_start_left_is_replaced(capsys):
+    Path("out/notes").mkdir(parents=True)
+    for name in ("train.bin", ".lock"):
+        Path("out/notes", name).touch()
+    assert run() == 0
+    assert visible("out") == ["notes"]
+
+
 @pytest.mark.parametrize("name", ["train.bin", "tokenizer.bin", "model_00000004.bin"])
 def test_files_that_are_no_runs_are_left_alone(name, capsys):
     Path("data").mkdir()
     Path("data", name).write_text("precious")
     assert run("--out", "data") == 1
     assert "choose another --out" in capsys.readouterr().err
-    assert visible("data") == [name]
+    assert os.listdir("data") == [name]
 
 
 def test_other_files_beside_an_earlier_run_are_left_alone(capsys):
