@@ -79,7 +79,9 @@ class GPT2:
     def logits(self, inputs):
         """The logits of the next token at every position: tokens (B,T) -> a new array (B,T,V)."""
         tokens = self._check_tokens("inputs", inputs)
-        acts = self._inference_activations(*tokens.shape)
+        B, T = tokens.shape
+        require_memory(FLOAT_BYTES * B * T * self.config.vocab_size, f"an array of the logits of {B} x {T} tokens")
+        acts = self._inference_activations(B, T)
         self._forward(tokens, acts)
         return self.ops.matmul_forward(acts.lnf, self.params["wte"][: self.config.vocab_size])
 

@@ -122,7 +122,9 @@ def views(flat, config: GPT2Config) -> dict[str, object]:
     """Cuts a flat backend array of all parameters (or of gradients, or of m or v) into name -> view; copies nothing."""
     shapes = tensor_shapes(config)
     if tuple(flat.shape) != (num_elements(shapes),):
-        raise ValueError(f"a flat array of {num_elements(shapes)} elements is needed for {config}, got {tuple(flat.shape)}")
+        raise ValueError(
+            f"a flat array of {num_elements(shapes)} elements is needed for {config}, got {tuple(flat.shape)}"
+        )
     out, offset = {}, 0
     for name, shape in shapes.items():
         size = math.prod(shape)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("Cython")
-pytest.importorskip("setuptools")
+pytest.importorskip("Cython", minversion="3.1")
+pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -117,7 +117,9 @@ def test_version_1_has_no_padding(tmp_path, flat):
 def test_another_padding_is_read(tmp_path, flat, rows):
     path = tmp_path / "model.bin"
     header = struct.pack("<8i", 20240326, 3, 3, 5, 2, 2, 4, rows).ljust(1024, b"\0")
-    path.write_bytes(header + flat[:20].tobytes() + np.ones(4 * (rows - 5), np.float32).tobytes() + flat[512:].tobytes())
+    path.write_bytes(
+        header + flat[:20].tobytes() + np.ones(4 * (rows - 5), np.float32).tobytes() + flat[512:].tobytes()
+    )
     config, back = checkpoint.read_model(path)
     assert config == CONFIG and np.array_equal(back, flat)
 
@@ -133,7 +135,8 @@ def test_padding_is_written_as_zeros(tmp_path, flat):
 
 # One token in the same padded table, or one head, makes another model of the same size.
 @pytest.mark.parametrize(
-    ("slot", "value"), [(slot, value) for slot in range(8) for value in EXTREMES if (slot, value) not in ((3, 1), (5, 1))]
+    ("slot", "value"),
+    [(slot, value) for slot in range(8) for value in EXTREMES if (slot, value) not in ((3, 1), (5, 1))],
 )
 def test_every_header_number_is_checked(model_file, slot, value):
     path = patched(model_file, slot, value)
@@ -147,7 +150,9 @@ def test_header_numbers_that_cancel_out_are_still_one_model(tmp_path):
     """Huge products are computed without overflow: this header's size is 0 modulo 2^32."""
     path = tmp_path / "model.bin"
     path.write_bytes(struct.pack("<8i", 20240326, 3, 2**16, 2**16, 2**10, 1, 2**16, 2**16).ljust(1024, b"\0"))
-    with pytest.raises(ValueError, match="1024 bytes found, .* expected for a model of .* parameters; the file is truncated"):
+    with pytest.raises(
+        ValueError, match="1024 bytes found, .* expected for a model of .* parameters; the file is truncated"
+    ):
         checkpoint.read_model(path)
 
 
@@ -176,7 +181,9 @@ def test_not_even_a_header(model_file, size):
 def test_other_kinds_are_named(model_file):
     with pytest.raises(ValueError, match="not a model but a token file"):
         checkpoint.read_model(patched(model_file, 0, 20240520))
-    with pytest.raises(ValueError, match=r"not a model but no file of this family \(first number 1, expected 20240326\)"):
+    with pytest.raises(
+        ValueError, match=r"not a model but no file of this family \(first number 1, expected 20240326\)"
+    ):
         checkpoint.read_model(patched(model_file, 0, 1))
 
 
@@ -473,10 +480,21 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(three_checkpoints,
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "7", "{}", '{"version": 2, "files": {}, "extra": {}}', '{"version": 1, "files": [], "extra": {}}',
-             '{"version": 1, "files": {"x": {}}, "extra": {}}', '{"version": 1, "files": {}, "extra": 1}', "[" * 100_000,
-             "\udc80", '{"version": 1, "step": 3, "files": {}, "extra": {}}'],
-)  # fmt: skip
+    "text",
+    [
+        "{",
+        "[]",
+        "7",
+        "{}",
+        '{"version": 2, "files": {}, "extra": {}}',
+        '{"version": 1, "files": [], "extra": {}}',
+        '{"version": 1, "files": {"x": {}}, "extra": {}}',
+        '{"version": 1, "files": {}, "extra": 1}',
+        "[" * 100_000,
+        "\udc80",
+        '{"version": 1, "step": 3, "files": {}, "extra": {}}',
+    ],
+)
 def test_a_damaged_manifest(three_checkpoints, text):
     (three_checkpoints / "DONE_00000003").write_text(text, errors="surrogateescape")
     step, lines = latest(three_checkpoints)

@@ -42,7 +42,9 @@ def test_descriptors_are_those_that_can_be_built():
     assert GPT2Config.from_descriptor("gpt3:c5120").num_heads == 40
 
 
-@pytest.mark.parametrize("name", ["", "d", "d7", "12", "c768", "gpt3:d12", "gpt3:c5140", "gpt4:d12", "d-12", "d١٢", "d1e1"])
+@pytest.mark.parametrize(
+    "name", ["", "d", "d7", "12", "c768", "gpt3:d12", "gpt3:c5140", "gpt4:d12", "d-12", "d١٢", "d1e1"]
+)
 def test_unknown_sizes_are_named(name):
     with pytest.raises(ValueError, match="unknown model size .*d12.*gpt3:c768"):
         GPT2Config.from_descriptor(name)

@@ -32,7 +32,9 @@ def test_permissions_follow_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "file.bin").stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), OSError("no errno"), FileNotFoundError(2, "x", "y")])
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), KeyboardInterrupt(), OSError("no errno"), FileNotFoundError(2, "x", "y")]
+)
 def test_a_failing_block_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")

@@ -1,7 +1,7 @@
 """pyllmc/model.py: gradients against finite differences, the CPU against the float64 reference, and NumPy manners.
 
-Most tests run on both backends: float64 (tests/reference.py) shows that the list of op calls is right to the last digit,
-the CPU that nothing depends on float64.
+Most tests run on both backends: float64 (tests/reference.py) shows that the list of op calls is right to the last
+digit, the CPU that nothing depends on float64.
 """
 
 import tracemalloc

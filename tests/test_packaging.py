@@ -17,8 +17,8 @@ import pytest
 import pyllmc
 from pyllmc._ops import isa
 
-pytest.importorskip("Cython")
-pytest.importorskip("setuptools")
+pytest.importorskip("Cython", minversion="3.1")
+pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"pyllmc-{pyllmc.__version__}"
@@ -62,7 +62,7 @@ def sdist(tmp_path_factory):
         (tree / name).write_bytes((ROOT / name).read_bytes())
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=tree)
     with tarfile.open(folder / f"{NAME}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / NAME
 
 

@@ -55,7 +55,9 @@ def test_never_rises_after_warmup():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="unknown learning-rate schedule 'cosinus'; known are cosine, linear, constant, wsd"):
+    with pytest.raises(
+        ValueError, match="unknown learning-rate schedule 'cosinus'; known are cosine, linear, constant, wsd"
+    ):
         rate("cosinus", 0)
     for step in (-1, 111):
         with pytest.raises(ValueError, match="step must be from 0 to 110"):

@@ -58,14 +58,9 @@ cdef inline void tile_product(Py_ssize_t depth, const float* a, Py_ssize_t lda, 
     cdef vfloat row[NRV]
     cdef vfloat scale
     cdef Py_ssize_t i, j, k
-    if accumulate:
-        for i in range(MR):
-            for j in range(NRV):
-                sums[i][j] = vload(c + i * ldc + j * W)
-    else:
-        for i in range(MR):
-            for j in range(NRV):
-                sums[i][j] = vset1(0.0)
+    for i in range(MR):
+        for j in range(NRV):
+            sums[i][j] = vset1(0.0)
     for k in range(depth):
         for j in range(NRV):
             row[j] = vload(b + j * W)
@@ -77,6 +72,9 @@ cdef inline void tile_product(Py_ssize_t depth, const float* a, Py_ssize_t lda, 
         b += ldb
     for i in range(MR):
         for j in range(NRV):
+            # c joins at the end: a chain of sums that starts at c would round every product to c's precision
+            if accumulate:
+                sums[i][j] = vadd(sums[i][j], vload(c + i * ldc + j * W))
             vstore(c + i * ldc + j * W, sums[i][j])
 
 
