@@ -131,7 +131,7 @@ class Build(build):
 
 
 class BuildExt(build_ext):
-    """build_ext that says what is missing, asks the compiler what it can do, compiles in parallel, reports at the end."""
+    """build_ext that says what is missing, asks the compiler what it can, compiles in parallel, reports at the end."""
 
     def finalize_options(self):
         super().finalize_options()

@@ -5,7 +5,8 @@ cdef enum:
 
 
 cdef struct AdamW:
-    float beta1
+    float one_minus_beta1   # taken in double: near 1 a float32 beta has lost what matters
+    float one_minus_beta2
     float beta2
     float eps
     float grad_scale
@@ -22,9 +23,10 @@ cdef void adamw_strip(const AdamW* o, float* param, const float* grad, float* m,
         n = smaller(W, stop - i)
         g = vmul(load_some(grad + i, n), vset1(o.grad_scale))
         mean = load_some(m + i, n)
-        mean = vfma(vset1(1.0 - o.beta1), vsub(g, mean), mean)
+        mean = vfma(vset1(o.one_minus_beta1), vsub(g, mean), mean)
         square = load_some(v + i, n)
-        square = vfma(vset1(1.0 - o.beta2), vsub(vmul(g, g), square), square)
+        # not as a difference: where g^2 overflows, v is infinite and the weight rests, instead of inf - inf
+        square = vfma(vset1(o.one_minus_beta2), vmul(g, g), vmul(vset1(o.beta2), square))
         store_some(m + i, mean, n)
         store_some(v + i, square, n)
         w = load_some(param + i, n)
@@ -49,7 +51,8 @@ def adamw_update(param, grad, m, v, *, learning_rate, beta1, beta2, eps, weight_
 
     param, grad, m, v: float32, one shape; param, m and v are updated in place, grad is only read.
     step counts from 1. master and seed serve backends whose parameters are not float32: here master must be None.
-    Returns None. Raises ValueError for a wrong shape, dtype, order or overlap, for step < 1, for master.
+    Returns None. Raises ValueError for a wrong shape, dtype, order or overlap, for step < 1, for a beta outside [0, 1),
+    for master.
     Split into strips of 8192 elements.
     Source: Loshchilov & Hutter (2019), arXiv 1711.05101; llm.c train_gpt2.c gpt2_update.
     """
@@ -59,13 +62,16 @@ def adamw_update(param, grad, m, v, *, learning_rate, beta1, beta2, eps, weight_
         raise arrays.error("master must be None: float32 parameters are their own master copy")
     if step < 1:
         raise arrays.error(f"step counts from 1, got {step}")
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise arrays.error(f"beta1 and beta2 must lie in [0, 1), got {beta1} and {beta2}")
     cdef float* w = arrays.out("param", param, shape)
     cdef const float* g = arrays.inp("grad", grad, shape)
     cdef float* mean = arrays.out("m", m, shape)
     cdef float* square = arrays.out("v", v, shape)
     arrays.done()
     cdef AdamW o
-    o.beta1, o.beta2, o.eps, o.grad_scale = beta1, beta2, eps, grad_scale
+    o.one_minus_beta1, o.one_minus_beta2, o.beta2 = 1.0 - beta1, 1.0 - beta2, beta2
+    o.eps, o.grad_scale = eps, grad_scale
     o.step_size = learning_rate / (1.0 - beta1 ** step)
     o.root_scale = 1.0 / (1.0 - beta2 ** step) ** 0.5
     o.decay = learning_rate * weight_decay
@@ -88,7 +94,7 @@ def global_norm(array, *, out=None):
     cdef const float* x = arrays.inp("array", array, shape)
     cdef float* norm = arrays.out("out", out, ())
     arrays.done()
-    cdef Py_ssize_t n = product(shape), count = (n + NORM_STRIP - 1) // NORM_STRIP, i
+    cdef Py_ssize_t n = product(shape), count = ceil_div(n, NORM_STRIP), i
     cdef Scratch scratch = Scratch(2 * count)
     cdef double* partial = <double*> scratch.floats()
     cdef double total = 0.0

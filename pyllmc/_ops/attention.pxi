@@ -14,6 +14,9 @@ cdef enum:
     FEW_QUERIES = 4         # up to so many queries a head is limited by reading its cache once: no packing pays
 
 
+cdef float LOWEST = -3.4e38     # what a maximum starts from: finite, so that no infinity is subtracted from another
+
+
 cdef struct Heads:
     Py_ssize_t B
     Py_ssize_t NH
@@ -83,7 +86,7 @@ cdef void softmax_block(float* scores, Py_ssize_t nk, Py_ssize_t nq, Py_ssize_t 
     date; shrink[j] is what the sums so far must be multiplied with."""
     cdef Py_ssize_t j = 0, i, stop, full
     cdef vfloat x, top, before, sum
-    cdef vfloat factor = vset1(scale), minus_inf = vset1(-3.4e38)
+    cdef vfloat factor = vset1(scale), lowest = vset1(LOWEST)
     while j < nq:
         stop = larger(0, smaller(nk, visible + j + W - 1))      # keys that the last lane sees
         full = larger(0, smaller(stop, visible + j))            # keys that every lane sees
@@ -92,7 +95,7 @@ cdef void softmax_block(float* scores, Py_ssize_t nk, Py_ssize_t nq, Py_ssize_t 
         for i in range(full):
             top = vmax(top, vmul(factor, vload(scores + i * BQ + j)))
         for i in range(full, stop):
-            x = vfrom_lane(vmul(factor, vload(scores + i * BQ + j)), i - visible - j + 1, minus_inf)
+            x = vfrom_lane(vmul(factor, vload(scores + i * BQ + j)), i - visible - j + 1, lowest)
             vstore(scores + i * BQ + j, x)
             top = vmax(top, x)
         x = vexp(vsub(before, top))
@@ -134,7 +137,7 @@ cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const flo
     cdef vfloat x
     pack_rows(h.q + b * h.q_batch + n * h.HS + q0 * h.q_row, h.q_row, nq, h.HS, NR, queries)
     for i in range(BQ):
-        peak[i] = -3.4e38
+        peak[i] = LOWEST
         total[i] = 0.0
     while k0 <= first_key + nq - 1:
         nk = smaller(BK, h.S - k0)
@@ -188,7 +191,7 @@ cdef void attend_row(const Heads* h, Py_ssize_t item, float* scores) noexcept no
     cdef const float* k = h.k + b * h.kv_batch + n * h.kv_head
     cdef const float* v = h.v + b * h.kv_batch + n * h.kv_head
     cdef float* out = h.out + (b * h.T + t) * h.NH * h.HS + n * h.HS
-    cdef vfloat x, top = vset1(-3.4e38), total = vset1(0.0)
+    cdef vfloat x, factor, top = vset1(LOWEST), total = vset1(0.0)
     for i in range(count):
         x = vset1(0.0)
         j = 0
@@ -205,19 +208,19 @@ cdef void attend_row(const Heads* h, Py_ssize_t item, float* scores) noexcept no
         store_some(scores + i, x, m)
         total = vadd(total, x)
         i += W
-    total = vset1(1.0 / vreduce_add(total))
+    factor = vset1(1.0 / vreduce_add(total))
     j = 0
     while j < h.HS:
         m = smaller(W, h.HS - j)
         x = vset1(0.0)
         for i in range(count):
             x = vfma(vset1(scores[i]), load_some(v + i * h.kv_row + j, m), x)
-        store_some(out + j, vmul(x, total), m)
+        store_some(out + j, vmul(x, factor), m)
         j += W
 
 
 cdef int attend(const Heads* h) except -1:
-    cdef Py_ssize_t heads = h.B * h.NH, blocks = (h.T + BQ - 1) // BQ, group, first = 0, count, item
+    cdef Py_ssize_t heads = h.B * h.NH, blocks = ceil_div(h.T, BQ), group, first = 0, count, item
     cdef double work = <double> heads * h.T * h.S * h.HS
     cdef int t = team(work, heads * blocks)
     group = larger(larger(1, smaller(t, heads)), smaller(heads, PACKED // packed_size(h)))
@@ -242,15 +245,17 @@ def attention_forward(qkv, num_heads, *, out=None, lse=None):
     qkv: float32 (B, T, 3C), each row [q | k | v], each of the three NH heads of HS channels side by side.
     num_heads: NH; C must be a multiple of it. The mask is causal: position t sees 0..t.
     out: float32 (B, T, C); lse: float32 (B, NH, T), both overwritten. Returns out, lse.
-    Backward needs qkv, out and lse. Raises ValueError for a wrong shape, dtype, order or overlap.
+    Backward needs qkv, out and lse. Raises ValueError for a wrong shape, dtype, order or overlap, and for channels that
+    the heads do not divide.
     Split over blocks of queries of each head; memory beyond the operands is O(T) per head.
     Source: Dao et al. (2022), arXiv 2205.14135; the result is that of llm.c train_gpt2.c attention_forward.
     """
     cdef Operands arrays = Operands("attention_forward")
     cdef tuple shape = arrays.shape("qkv", qkv, 3, 3)
-    cdef Py_ssize_t B = shape[0], T = shape[1], C = shape[2] // 3, NH = num_heads
-    if NH < 1 or shape[2] % 3 or C % NH:
+    cdef Py_ssize_t B = shape[0], T = shape[1], C = shape[2] // 3, NH
+    if shape[2] % 3 or not 1 <= num_heads <= C or C % num_heads:
         raise arrays.error(f"qkv must have 3 * num_heads * HS channels, got {shape[2]} with num_heads {num_heads}")
+    NH = num_heads
     out, lse = given(out, (B, T, C)), given(lse, (B, NH, T))
     cdef Heads h = new_heads(B, T, T, NH, C // NH)
     h.q = arrays.inp("qkv", qkv, shape)
@@ -276,11 +281,12 @@ def attention_decode(qkv, key_cache, value_cache, position, *, out=None):
     """
     cdef Operands arrays = Operands("attention_decode")
     cdef tuple shape = arrays.shape("qkv", qkv, 3, 3), cache = arrays.shape("key_cache", key_cache, 4, 4)
-    cdef Py_ssize_t B = shape[0], n = shape[1], NH = cache[1], HS = cache[3], start = position, C = NH * HS
+    cdef Py_ssize_t B = shape[0], n = shape[1], NH = cache[1], HS = cache[3], C = NH * HS, start
     if shape[2] != 3 * C or B != <Py_ssize_t> cache[0]:
         raise arrays.error(f"qkv must have shape ({cache[0]}, n, {3 * C}) for caches of shape {cache}, got {shape}")
-    if start < 0 or start > <Py_ssize_t> cache[2] - n:
+    if not 0 <= position <= cache[2] - n:
         raise arrays.error(f"{n} positions from {position} on do not fit the caches' {cache[2]}")
+    start = position
     out = given(out, (B, n, C))
     cdef Heads h = new_heads(B, n, start + n, NH, HS)
     h.q = arrays.inp("qkv", qkv, shape)

@@ -47,7 +47,7 @@ def classifier_forward(inp, weight, targets, *, vocab_size=None, losses=None):
 
     inp: float32 (..., C). weight: float32 (Vp, C), without bias. targets: int32 (...), in 0..V-1 or -1 (not counted).
     losses: float32 (...), overwritten, in nats; 0 where not counted. Returns losses.
-    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target out of range.
+    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target or vocab_size out of range.
     Split as matmul_forward, then over rows. Source: llm.c train_gpt2.c gpt2_forward, last three calls.
     """
     cdef Operands arrays = Operands("classifier_forward")
@@ -80,7 +80,7 @@ def classifier_forward_backward(inp, weight, targets, *, vocab_size=None, loss_s
     losses: float32 (...), overwritten, in nats, not scaled. The gradients are those of loss_scale * mean_loss.
     dinp: float32 (..., C), overwritten; it may be inp. dweight: float32 (Vp, C), overwritten (rows from vocab_size on
     become 0), or added to with accumulate=True. Returns losses, dinp, dweight.
-    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target out of range.
+    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target or vocab_size out of range.
     Rows are worked on in chunks of at most 50 MiB of logits. Split as matmul_forward and matmul_backward.
     Source: llm.c fused_classifier.cuh and the matmuls around it.
     """

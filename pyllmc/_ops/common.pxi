@@ -2,22 +2,22 @@
 # Included first into each ISA module.
 
 cimport cython
-from cpython.buffer cimport (PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release, PyObject_GetBuffer)
-from cpython.object cimport PyObject
+from cpython.buffer cimport PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel cimport prange, threadid
 from libc.stdlib cimport free
 from libc.stdint cimport int32_t, uintptr_t
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memcpy, memset
+from posix.stdlib cimport posix_memalign
 
 from pyllmc._ops.simd cimport *
 
 import numpy
 
-cdef extern from "stdlib.h" nogil:
-    int posix_memalign(void** pointer, size_t alignment, size_t size) noexcept
-
-
 # ---- threads --------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    MAX_THREADS = 1024
+    PARALLEL_FROM = 20000   # floats or multiplications: a parallel region costs about as much as half of them
 
 cdef int thread_cap = 0     # the container's share of the processors, 1 in a forked child, 0 where there is no cap
 
@@ -34,10 +34,13 @@ def get_num_threads() -> int:
     return threads()
 
 
-def set_num_threads(int num_threads) -> None:
-    """Threads for the ops called from this Python thread from now on (the same as omp_set_num_threads)."""
-    if num_threads < 1:
-        raise ValueError(f"set_num_threads: the number of threads must be at least 1, got {num_threads}")
+def set_num_threads(num_threads) -> None:
+    """Threads for the ops called from this Python thread from now on (the same as omp_set_num_threads).
+
+    Raises ValueError outside 1..1024: no machine gains from more, and OpenMP ends the process that asks for too many.
+    """
+    if not 1 <= num_threads <= MAX_THREADS:
+        raise ValueError(f"set_num_threads: the number of threads must lie in 1..{MAX_THREADS}, got {num_threads}")
     set_omp_threads(num_threads)
 
 
@@ -45,14 +48,16 @@ cdef inline int threads() noexcept:
     cdef int n = omp_threads()
     if thread_cap > 0 and n > thread_cap:
         n = thread_cap
+    if n > MAX_THREADS:
+        n = MAX_THREADS
     return n if n > 1 else 1
 
 
 cdef inline int team(double work, Py_ssize_t items) noexcept:
-    """Threads for `items` independent pieces of `work` floats (or multiplications) in all: a parallel region costs
-    about as much as 10,000 of them. The split never changes a result, so this is a matter of speed alone."""
+    """Threads for `items` independent pieces of `work` floats (or multiplications) in all. The split never changes a
+    result, so this is a matter of speed alone."""
     cdef int n = threads()
-    if work < 20000.0:
+    if work < PARALLEL_FROM:
         return 1
     if n > items:
         n = <int> items
@@ -245,8 +250,12 @@ cdef inline object given_gradient(object array, tuple shape, bint accumulate):
     return new_zeros(shape, float32) if array is None and accumulate else given(array, shape)
 
 
+cdef inline Py_ssize_t ceil_div(Py_ssize_t n, Py_ssize_t d) noexcept nogil:
+    return (n + d - 1) // d
+
+
 cdef inline Py_ssize_t round_up(Py_ssize_t n, Py_ssize_t multiple) noexcept nogil:
-    return (n + multiple - 1) // multiple * multiple
+    return ceil_div(n, multiple) * multiple
 
 
 cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -255,3 +264,40 @@ cdef inline Py_ssize_t smaller(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return a if a > b else b
+
+
+# ---- what ops share --------------------------------------------------------------------------------------------------
+
+cdef enum:
+    STRIP = 8192    # floats of an elementwise op handled as one item: 32 KiB
+
+
+cdef inline Py_ssize_t strips(Py_ssize_t n) noexcept nogil:
+    return ceil_div(n, STRIP)
+
+
+cdef inline vfloat load_some(const float* p, Py_ssize_t n) noexcept nogil:
+    return vload(p) if n == W else vload_n(p, n)
+
+
+cdef inline void store_some(float* p, vfloat v, Py_ssize_t n) noexcept nogil:
+    if n == W:
+        vstore(p, v)
+    else:
+        vstore_n(p, v, n)
+
+
+cdef void add_partials(const float* partial, Py_ssize_t chunks, Py_ssize_t columns, float* out,
+                       bint accumulate) noexcept nogil:
+    """out[j] (+)= sum over chunks of partial[chunk, j], in order."""
+    cdef Py_ssize_t j = 0, c, n
+    cdef vfloat x
+    while j < columns:
+        n = smaller(W, columns - j)
+        x = load_some(partial + j, n)
+        for c in range(1, chunks):
+            x = vadd(x, load_some(partial + c * columns + j, n))
+        if accumulate:
+            x = vadd(load_some(out + j, n), x)
+        store_some(out + j, x, n)
+        j += W

@@ -68,8 +68,8 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
     dout: float32 (B, T, C). tokens: int32 (B, T). wte (V, C) and wpe (maxT, C): only their shapes are read.
     dwte (V, C), dwpe (maxT, C): float32, overwritten (rows that do not occur become 0), or added to with
     accumulate=True. tied=True: dwte already holds the gradient of the tied LM head and is always added to.
-    Returns dwte, dwpe. Raises ValueError for a wrong shape, dtype, order or overlap, for a token outside the table,
-    and for tied without dwte. Split over strips of 64 channels, each of which adds the rows in order.
+    Returns dwte, dwpe. Raises ValueError for a wrong shape, dtype, order or overlap, for T > maxT, for a token outside
+    the table, and for tied without dwte. Split over strips of 64 channels, each of which adds the rows in order.
     Source: llm.c train_gpt2.c encoder_backward.
     """
     cdef Operands arrays = Operands("encoder_backward")
@@ -81,7 +81,8 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
         raise arrays.error(f"tokens has {T} positions, but wpe only {wpe_shape[0]}")
     if tied and dwte is None:
         raise arrays.error("tied=True adds to dwte, so dwte must be given")
-    wpe_shape = (wpe_shape[0], wte_shape[1])
+    if wpe_shape[1] != wte_shape[1]:
+        raise arrays.error(f"wpe must have shape ({wpe_shape[0]}, {C}), got {wpe_shape}")
     dwte, dwpe = given_gradient(dwte, wte_shape, add), given_gradient(dwpe, wpe_shape, add)
     cdef const float* dy = arrays.inp("dout", dout, token_shape + (wte_shape[1],))
     cdef const int32_t* ids = arrays.ints("tokens", tokens, token_shape, wte_shape[0])
@@ -92,7 +93,7 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
         memset(token, 0, product(wte_shape) * sizeof(float))
     if not add:
         memset(position, 0, product(wpe_shape) * sizeof(float))
-    cdef Py_ssize_t items = (C + ENCODER_CHANNELS - 1) // ENCODER_CHANNELS
+    cdef Py_ssize_t items = ceil_div(C, ENCODER_CHANNELS)
     cdef int t = team(<double> rows * C, items)
     for item in prange(items, nogil=True, num_threads=t, schedule="static"):
         scatter_item(dy, ids, token, position, rows, T, C, item)

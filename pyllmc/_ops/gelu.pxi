@@ -3,29 +3,23 @@
 # and the sigmoid needs one exp, no tanh, and keeps its relative precision for large negative x.
 
 
+cdef inline vfloat minus_2u(vfloat x) noexcept nogil:
+    """-2u = x (A + B x^2), A = -2 sqrt(2/pi), B = 0.044715 A."""
+    return vmul(x, vfma(vmul(x, x), vset1(-0.07135481627159964), vset1(-1.5957691216057308)))
+
+
 cdef inline vfloat gelu(vfloat x) noexcept nogil:
-    # -2u = x (A + B x^2), A = -2 sqrt(2/pi), B = A * 0.044715
-    cdef vfloat minus_2u = vmul(x, vfma(vmul(x, x), vset1(-0.07135481627159964), vset1(-1.5957691216057308)))
-    return vdiv(x, vadd(vset1(1.0), vexp(minus_2u)))
+    return vdiv(x, vadd(vset1(1.0), vexp(minus_2u(x))))
 
 
 cdef inline vfloat gelu_slope(vfloat x) noexcept nogil:
     """gelu'(x) = s + x s (1 - s) 2u', 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2), and 1 - s = e s with e = e^(-2u)."""
     # beyond |x| = 11 the slope is 0 or 1 to the last bit, and beyond e = e^80 it is 0: the bounds keep infinities out
     x = vmin(vset1(11.0), vmax(vset1(-11.0), x))
-    cdef vfloat x2 = vmul(x, x)
-    cdef vfloat e = vexp(vmin(vset1(80.0), vmul(x, vfma(x2, vset1(-0.07135481627159964), vset1(-1.5957691216057308)))))
+    cdef vfloat e = vexp(vmin(vset1(80.0), minus_2u(x)))
     cdef vfloat s = vdiv(vset1(1.0), vadd(vset1(1.0), e))
-    cdef vfloat slope_2u = vfma(x2, vset1(0.21406444881479892), vset1(1.5957691216057308))
+    cdef vfloat slope_2u = vfma(vmul(x, x), vset1(0.21406444881479892), vset1(1.5957691216057308))
     return vfma(vmul(vmul(x, s), vmul(e, s)), slope_2u, s)
-
-
-cdef enum:
-    STRIP = 8192    # floats of an elementwise op handled as one item: 32 KiB
-
-
-cdef inline Py_ssize_t strips(Py_ssize_t n) noexcept nogil:
-    return (n + STRIP - 1) // STRIP
 
 
 cdef void gelu_strip(const float* inp, float* out, Py_ssize_t i, Py_ssize_t stop) noexcept nogil:

@@ -19,7 +19,8 @@ cdef enum:
     NC = 4096       # columns of b packed at once: NC * KC floats, 4 MiB of L3
     MS = 4032       # rows of a packed at once; a multiple of every MR
     FEW_ROWS = 8    # up to so many rows a product is limited by reading b once: no packing pays
-    DOT_COLUMNS = 4
+    DOT_STRIP = 16      # columns of one item of such a product
+    DOT_COLUMNS = 4     # of them at a time
 
 
 cdef struct Product:
@@ -133,17 +134,6 @@ cdef inline void finish(const Product* p, Py_ssize_t i, Py_ssize_t j, Py_ssize_t
         s += W
 
 
-cdef inline vfloat load_some(const float* p, Py_ssize_t n) noexcept nogil:
-    return vload(p) if n == W else vload_n(p, n)
-
-
-cdef inline void store_some(float* p, vfloat v, Py_ssize_t n) noexcept nogil:
-    if n == W:
-        vstore(p, v)
-    else:
-        vstore_n(p, v, n)
-
-
 cdef struct Slice:
     # the part of a product that is worked on between two packings
     Py_ssize_t i0       # first row, column and depth of the slice, and its extents
@@ -175,8 +165,9 @@ cdef void multiply_item(const Product* p, const Slice* s, Py_ssize_t item) noexc
     """One block of rows times one group of column panels of the slice."""
     cdef float[MR * NR] edge
     cdef Py_ssize_t block = item % s.blocks, group = item // s.blocks
-    cdef Py_ssize_t panels = (s.columns + NR - 1) // NR
-    cdef Py_ssize_t j = panels * group // s.groups * NR, j_stop = smaller(s.columns, panels * (group + 1) // s.groups * NR)
+    cdef Py_ssize_t panels = ceil_div(s.columns, NR)
+    cdef Py_ssize_t j = panels * group // s.groups * NR
+    cdef Py_ssize_t j_stop = smaller(s.columns, panels * (group + 1) // s.groups * NR)
     cdef Py_ssize_t i, i_stop = smaller(s.rows, (block + 1) * s.mc), r, mr, nr, n
     cdef bint add = p.accumulate or s.k0 > 0, last = s.k0 + s.depth == p.k
     cdef bint epilogue = last and (p.bias != NULL or p.residual != NULL or p.gelu_out != NULL or p.dgelu != NULL)
@@ -202,10 +193,12 @@ cdef void multiply_item(const Product* p, const Slice* s, Py_ssize_t item) noexc
 
 
 cdef void dot_item(const Product* p, Py_ssize_t item) noexcept nogil:
-    """Columns item * 16 .. of a product of few rows: dot products of the rows of a and b as they lie in memory."""
-    cdef Py_ssize_t j = item * 16, j_stop = smaller(p.n, j + 16), first = j, i, k, n, q
+    """Columns item * DOT_STRIP .. of a product of few rows: dot products of rows of a and b where they lie."""
+    cdef Py_ssize_t j = item * DOT_STRIP, j_stop = smaller(p.n, j + DOT_STRIP), first = j, i, k, n, q
+    cdef Py_ssize_t stop
     cdef const float* row[DOT_COLUMNS]
     cdef vfloat sums[DOT_COLUMNS]
+    cdef vfloat totals[DOT_COLUMNS]
     cdef vfloat x
     cdef float value
     while j < j_stop:
@@ -214,19 +207,27 @@ cdef void dot_item(const Product* p, Py_ssize_t item) noexcept nogil:
             row[q] = p.b + smaller(j + q, p.n - 1) * p.ldb      # past the last column: its row again, not stored
         for i in range(p.m):
             for q in range(DOT_COLUMNS):
-                sums[q] = vset1(0.0)
+                totals[q] = vset1(0.0)
             k = 0
-            while k + W <= p.k:
-                x = vload(p.a + i * p.lda + k)
+            while k < p.k:
+                # in slices of KC, as the tiles are: one long chain of sums would lose precision
+                stop = smaller(p.k, k + KC)
                 for q in range(DOT_COLUMNS):
-                    sums[q] = vfma(x, vload(row[q] + k), sums[q])
-                k += W
-            if k < p.k:
-                x = vload_n(p.a + i * p.lda + k, p.k - k)
+                    sums[q] = vset1(0.0)
+                while k + W <= stop:
+                    x = vload(p.a + i * p.lda + k)
+                    for q in range(DOT_COLUMNS):
+                        sums[q] = vfma(x, vload(row[q] + k), sums[q])
+                    k += W
+                if k < stop:
+                    x = vload_n(p.a + i * p.lda + k, stop - k)
+                    for q in range(DOT_COLUMNS):
+                        sums[q] = vfma(x, vload_n(row[q] + k, stop - k), sums[q])
+                    k = stop
                 for q in range(DOT_COLUMNS):
-                    sums[q] = vfma(x, vload_n(row[q] + k, p.k - k), sums[q])
+                    totals[q] = vadd(totals[q], sums[q])
             for q in range(n):
-                value = vreduce_add(sums[q])
+                value = vreduce_add(totals[q])
                 p.c[i * p.ldc + j + q] = p.c[i * p.ldc + j + q] + value if p.accumulate else value
         j += DOT_COLUMNS
     for i in range(p.m):
@@ -239,7 +240,7 @@ cdef int gemm(const Product* p) except -1:
     cdef int t
     cdef double work = <double> p.m * p.n * p.k
     if p.m <= FEW_ROWS and not p.a_by_k and not p.b_by_k:
-        items = (p.n + 15) // 16
+        items = ceil_div(p.n, DOT_STRIP)
         t = team(work, items)
         for item in prange(items, nogil=True, num_threads=t, schedule="static"):
             dot_item(p, item)
@@ -251,19 +252,19 @@ cdef int gemm(const Product* p) except -1:
     s.j0 = 0
     while s.j0 < p.n:
         s.columns = smaller(NC, p.n - s.j0)
-        b_panels = (s.columns + NR - 1) // NR
+        b_panels = ceil_div(s.columns, NR)
         s.k0 = 0
         while s.k0 < p.k:
             s.depth = smaller(KC, p.k - s.k0)
             s.i0 = 0
             while s.i0 < p.m:
                 s.rows = smaller(MS, p.m - s.i0)
-                a_panels = (s.rows + MR - 1) // MR
-                s.blocks = (s.rows + MC - 1) // MC
-                s.mc = round_up((s.rows + s.blocks - 1) // s.blocks, MR)
-                s.blocks = (s.rows + s.mc - 1) // s.mc
+                a_panels = ceil_div(s.rows, MR)
+                s.blocks = ceil_div(s.rows, MC)
+                s.mc = round_up(ceil_div(s.rows, s.blocks), MR)
+                s.blocks = ceil_div(s.rows, s.mc)
                 t = team(<double> s.rows * s.columns * s.depth, a_panels * b_panels)
-                s.groups = 1 if t == 1 else smaller(b_panels, (6 * t + s.blocks - 1) // s.blocks)
+                s.groups = 1 if t == 1 else smaller(b_panels, ceil_div(6 * t, s.blocks))
                 # b's panels are packed once a slice of depth, with the first slice of rows
                 items = a_panels + (b_panels if s.i0 == 0 else 0)
                 for item in prange(items, nogil=True, num_threads=t, schedule="static"):

@@ -1,4 +1,3 @@
-# cython: language_level=3
 """Picks the ISA module of the CPU backend. Compiled without ISA flags, so that every CPU can run it.
 
 Called by pyllmc._ops at import, by `python -m pyllmc info` and by tests. A module is loaded only when this CPU can
@@ -59,7 +58,7 @@ def load(name):
 
 
 def container_cpus():
-    """Processors that the container's quota pays for, rounded up; 0 where there is no quota or OMP_NUM_THREADS is set."""
+    """Processors that the container's quota pays for, rounded up; 0 without one, or where OMP_NUM_THREADS is set."""
     if os.environ.get("OMP_NUM_THREADS"):
         return 0
     try:

@@ -1,4 +1,5 @@
-# Layer normalisation over the channels of each row (Ba, Kiros & Hinton, 2016), with the residual sum on either side.
+# Layer normalisation over the channels of each row (Ba, Kiros & Hinton, 2016), with the residual sum on either side:
+# the model adds it in matmul's epilogue, a backend whose products have none adds it here.
 
 cdef enum:
     NORM_CHUNKS = 32        # row chunks of dweight and dbias; fixed, so that the sums do not depend on the threads
@@ -49,7 +50,8 @@ cdef void normalise_backward_row(const float* dout, const float* inp, const floa
     while j < C:
         n = smaller(W, C - j)
         dy = load_some(dout + j, n)
-        x = vmul(vsub(load_some(inp + j, n), average), scale)
+        # lanes past the end hold -mean: times rstd they may overflow, and 0 * inf would spoil the sums
+        x = vkeep_n(vmul(vsub(load_some(inp + j, n), average), scale), n)
         d = vmul(dy, load_some(weight + j, n))
         sum_d = vadd(sum_d, d)
         sum_dn = vfma(d, x, sum_dn)

@@ -1,4 +1,4 @@
-# The residual connection. In the model it is an epilogue of matmul or a prologue of layernorm; alone it is here.
+# The residual connection. In the model it is an epilogue of matmul; alone it is here.
 
 
 cdef void add_strip(const float* a, const float* b, float* out, Py_ssize_t i, Py_ssize_t stop) noexcept nogil:

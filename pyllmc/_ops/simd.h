@@ -85,8 +85,14 @@ VINLINE vfloat vfma(vfloat a, vfloat b, vfloat c)
     return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 /* as on x86: where one of the two is a NaN, the second operand is the result */
-VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)vbslq_f32(vcgtq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
-VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b); }
+VINLINE vfloat vmax(vfloat a, vfloat b)
+{
+    return (vfloat)vbslq_f32(vcgtq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b);
+}
+VINLINE vfloat vmin(vfloat a, vfloat b)
+{
+    return (vfloat)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b);
+}
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)vsqrtq_f32((float32x4_t)a); }
 #endif
 VINLINE vfloat vload_n(const float *p, Py_ssize_t n)
@@ -144,7 +150,7 @@ VINLINE float vreduce_max(vfloat v)
         for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
     return lane[0];
 }
-/* Sum of squares in double: lanes are widened first, so that no float sum is ever longer than one product. */
+/* Sum of squares in double: lanes are widened before they are squared, so nothing overflows or is rounded to float. */
 VINLINE double vsum_squares(vfloat v)
 {
     double sum[W];
@@ -204,7 +210,7 @@ VINLINE vfloat vlog(vfloat x)
     vfloat value = vfma(ef, vset1(0.693359375f), f + tail);
     value = vselect(x == vset1(0.0f), vset1(-INFINITY), value);
     value = vselect(x < vset1(0.0f), vset1(NAN), value);
-    return vselect((vint)(x < vset1(INFINITY)) , value, x); /* inf and NaN */
+    return vselect(x < vset1(INFINITY), value, x); /* inf and NaN */
 }
 
 /* VSHUFFLE(a, b, i, j, ...): elements i, j, ... of a followed by b. GCC before 12 has no __builtin_shufflevector. */

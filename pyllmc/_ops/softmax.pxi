@@ -3,18 +3,17 @@
 
 cdef inline void row_statistics(const float* x, Py_ssize_t V, float* top, float* total) noexcept nogil:
     """top = max x, total = sum of e^(x - top)."""
-    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t j = 0, full = V // W * W
     cdef vfloat peak = vset1(x[0]), sum = vset1(0.0)
-    while j + W <= V:
+    while j < full:
         peak = vmax(peak, vload(x + j))
         j += W
+    if j < V:       # the lanes past the end take the peak itself
+        peak = vmax(peak, vfrom_lane(peak, V - j, vload_n(x + j, V - j)))
     top[0] = vreduce_max(peak)
-    while j < V:
-        top[0] = x[j] if x[j] > top[0] else top[0]
-        j += 1
     peak = vset1(top[0])
     j = 0
-    while j + W <= V:
+    while j < full:
         sum = vadd(sum, vexp(vsub(vload(x + j), peak)))
         j += W
     if j < V:
@@ -88,7 +87,8 @@ def softmax_forward(inp, *, vocab_size=None, out=None):
     """out = e^inp / sum of e^inp, over the first vocab_size columns of the last axis; the others are 0
 
     inp: float32 (..., Vp). vocab_size: V <= Vp, all columns by default. out: float32 (..., Vp), overwritten; it may be
-    inp. Returns out. Backward needs out. Raises ValueError for a wrong shape, dtype, order or overlap.
+    inp. Returns out. Backward needs out. Raises ValueError for a wrong shape, dtype, order or overlap, and for a
+    vocab_size outside 1..Vp.
     Split over rows; the row's maximum is subtracted first. Source: llm.c train_gpt2.c softmax_forward.
     """
     cdef Operands arrays = Operands("softmax_forward")
@@ -108,8 +108,8 @@ def softmax_backward(dout, out, *, vocab_size=None, dinp=None):
     """dinp = out (dout - sum of dout out), over the first vocab_size columns; the others are 0
 
     dout, out: float32 (..., Vp), out from softmax_forward. dinp: float32 (..., Vp), overwritten; it may be dout.
-    Returns dinp. Raises ValueError for a wrong shape, dtype, order or overlap. Split over rows.
-    Source: the derivative of softmax_forward.
+    Returns dinp. Raises ValueError for a wrong shape, dtype, order or overlap, and for a vocab_size outside 1..Vp.
+    Split over rows. Source: the derivative of softmax_forward.
     """
     cdef Operands arrays = Operands("softmax_backward")
     cdef tuple shape = arrays.shape("out", out)
@@ -130,7 +130,7 @@ def crossentropy_forward(logits, targets, *, vocab_size=None, losses=None, lse=N
 
     logits: float32 (..., Vp). targets: int32 (...), in 0..V-1, or -1: not counted, loss 0.
     losses, lse: float32 (...), overwritten, in nats. Returns losses, lse. Backward needs logits, targets and lse.
-    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target out of range.
+    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target or vocab_size out of range.
     Split over rows. Source: llm.c train_gpt2.c crossentropy_forward, from logits instead of probabilities.
     """
     cdef Operands arrays = Operands("crossentropy_forward")
@@ -154,7 +154,7 @@ def crossentropy_backward(dlosses, logits, targets, lse, *, vocab_size=None, dlo
 
     dlosses, lse: float32 (...). logits: float32 (..., Vp). targets: int32 (...). lse from crossentropy_forward.
     dlogits: float32 (..., Vp), overwritten; it may be logits. Returns dlogits.
-    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target out of range.
+    Raises ValueError for a wrong shape, dtype, order or overlap, and for a target or vocab_size out of range.
     Split over rows. Source: llm.c train_gpt2.c crossentropy_softmax_backward.
     """
     cdef Operands arrays = Operands("crossentropy_backward")
