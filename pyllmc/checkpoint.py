@@ -15,7 +15,7 @@ gaps: the parameters in the order of tensors.TENSORS, each over all layers.
 A checkpoint is model_%08d.bin, state_%08d_00000.bin and, written last, DONE_%08d with their sizes and SHA-256 in JSON
 (llm.c's is empty). Every number of a header is checked against the size of its file before anything is allocated.
 
-Called by model.py, train.py and generate.py; calls config.py, tensors.py and files.py.
+Called by model.py, train.py and generate.py; calls config.py, tensors.py, files.py and hardware.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ import numpy as np
 
 from .config import GPT2Config
 from .files import atomic_write, file_size, open_regular, read_exact, read_into, sha256_of
-from .tensors import FLOAT_BYTES, num_elements, require_memory, tensor_shapes
+from .hardware import require_memory
+from .rng import MT_STRUCT
+from .tensors import FLOAT_BYTES, num_elements, tensor_shapes
 
 SLOTS = struct.Struct("<256i")
 KINDS = {
@@ -53,7 +55,6 @@ DTYPE_VERSIONS = {"float32": 3, "bfloat16": 5}
 
 # llm.c seeds the generator of its stochastic rounding with this; the CPU never draws from it.
 ROUNDING_SEED = 13371337
-GENERATOR_BYTES = 2520
 
 # Numbers are converted in pieces of this many.
 CHUNK = 1 << 20
@@ -297,7 +298,7 @@ def read_state(path: str | os.PathLike, num_parameters: int) -> TrainingState:
         if loader["shuffle"]:
             loader["shard_order"] = _read_order(file)
             loader["sample_order"] = _read_order(file)
-            loader["generator"] = read_exact(file, GENERATOR_BYTES, "the loader's generator")
+            loader["generator"] = read_exact(file, MT_STRUCT.size, "the loader's generator")
         _check_size(file, file.tell(), "a training state of this model")
     return TrainingState(
         step=slots[10],
@@ -327,7 +328,7 @@ def _read_state_header(file: BinaryIO, num_parameters: int) -> tuple[int, ...]:
     arrays_end = SLOTS.size + FLOAT_BYTES * num_parameters * (2 + slots[4])
     if not slots[5]:
         _check_size(file, arrays_end, f"the training state of a model of {num_parameters} parameters")
-    elif file_size(file) < arrays_end + 16 + GENERATOR_BYTES:
+    elif file_size(file) < arrays_end + 16 + MT_STRUCT.size:
         raise ValueError(
             f"{file.name}: {file_size(file)} bytes found, more than {arrays_end} expected for the training state of a "
             f"model of {num_parameters} parameters; the file is truncated or of another model"
@@ -371,14 +372,21 @@ class Checkpoint:
     def done_path(self) -> Path:
         return self.folder / f"DONE_{self.step:08d}"
 
+    def remove(self) -> None:
+        """Deletes its files. DONE goes first: a checkpoint that is half removed is none."""
+        for path in (self.done_path, self.model_path, self.state_path):
+            path.unlink(missing_ok=True)
+
 
 def save_checkpoint(folder, step: int, model, optimizer, loader=None, extra: dict | None = None) -> Checkpoint:
     """Writes a checkpoint after `step` updates: model, optimizer and the position of `loader` (a DataLoader).
 
     `extra` takes what JSON can hold: the states of other random generators, the settings of the run. The folder is
-    made.
+    made. ValueError if the step has a checkpoint already: a failure halfway would spoil it (Checkpoint.remove deletes).
     """
     checkpoint = Checkpoint(Path(folder), step, extra or {})
+    if checkpoint.done_path.exists():
+        raise ValueError(f"{checkpoint.done_path}: step {step} has a checkpoint already; remove it first")
     checkpoint.folder.mkdir(parents=True, exist_ok=True)
     model.save(checkpoint.model_path)
     to_host = model.ops.to_host
@@ -473,7 +481,4 @@ def remove_old_checkpoints(folder, keep: int, keep_every: int = 0) -> None:
     for step in list_steps(folder)[:-keep]:
         if keep_every and step % keep_every == 0:
             continue
-        checkpoint = Checkpoint(Path(folder), step)
-        # DONE goes first: a checkpoint that is half removed is none.
-        for path in (checkpoint.done_path, checkpoint.model_path, checkpoint.state_path):
-            path.unlink(missing_ok=True)
+        Checkpoint(Path(folder), step).remove()

@@ -85,8 +85,8 @@ class DataLoader:
         for shard in self.shards:
             if shard.num_tokens <= self._sample_tokens:
                 raise ValueError(
-                    f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self._sample_rows} x {self.T} tokens"
-                    f"{f' in {self.world_size} processes' if self.world_size > 1 else ''} needs at least "
+                    f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self._sample_rows} x {self.T} "
+                    f"tokens{f' in {self.world_size} processes' if self.world_size > 1 else ''} needs at least "
                     f"{self._sample_tokens + 1}; use more text, a smaller batch or a shorter context"
                 )
         self._generator = rng.TorchGenerator(seed + self.rank)

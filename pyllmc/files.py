@@ -1,8 +1,8 @@
 """Reading and writing whole files safely.
 
-`atomic_write` is the only way that pyllmc writes a file: under its final name there is either the whole new content or
-what was there before, whatever fails in between. Called by checkpoint.py, the tokenizer, the datasets and the programs;
-imports only the standard library.
+Every file but the growing main.log and the lock of a run's folder is written through `atomic_write`: under its final
+name there is either the whole new content or what was there before, whatever fails in between. Called by checkpoint.py,
+the tokenizer, the datasets and the programs; imports only the standard library.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     that is flushed too. An OSError while writing (a full disk, a read-only folder) is raised again with the final
     path in it, and leaves what was at `path` untouched.
     """
+    # A rename would put a regular file in the place of a device or a pipe.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: cannot be written: it is there and not a regular file")
     # A link is written through, as open() would.
     final = Path(os.path.realpath(path))
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")

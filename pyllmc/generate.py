@@ -5,7 +5,7 @@ first, in the order of the ids, at which the cumulative probability exceeds it. 
 are kept (model.decode), so a token costs one position. When the context is full, the last half of it is read again and
 the text goes on from there.
 
-Calls model.py, tokenizer.py, rng.py; the program also checkpoint.py.
+Calls model.py, tokenizer.py, rng.py; the program also checkpoint.py and hardware.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli
-from .backends import backend
+from . import checkpoint, cli, hardware
 from .model import GPT2
 from .rng import Xorshift64Star
-from .tokenizer import Tokenizer
+from .tokenizer import TOKENIZER_FILE, Tokenizer
 
 OUT = Path("out")
-TOKENIZER_NAMES = ("tokenizer.bin", "gpt2_tokenizer.bin")
+TOKENIZER_NAMES = (TOKENIZER_FILE, "gpt2_tokenizer.bin")
 # The control characters that text is made of; the model's others must not reach the terminal.
 KEPT_CONTROLS = "\n\t"
 
@@ -205,8 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = find_model(args.checkpoint)
     checkpoint.read_header(path)  # so that a wrong file is told before what is missing beside it
     tokenizer = Tokenizer.load(find_tokenizer(path))
-    if args.threads:
-        backend("cpu").set_num_threads(args.threads)
+    hardware.set_threads(args.threads)
     model = GPT2.from_checkpoint(path)
     # One stream of coins for all samples, so that they differ.
     rng = Xorshift64Star(args.seed)

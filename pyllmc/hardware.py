@@ -1,8 +1,8 @@
 """What this machine has: the processor's name and measured peak, its threads, free memory and disk.
 
-Called by train.py, __main__.py and the benchmarks, which print these figures and refuse what cannot fit. Reads the
-operating system's own files; calls only the backend's thread count and its FMA loop. A figure that this system does
-not tell is None, never a guess.
+Called by train.py, generate.py and __main__.py, which print these figures and refuse what cannot fit, and by model.py,
+optimizer.py and checkpoint.py before they allocate. Reads the operating system's own files; calls only the backend's
+thread count and its FMA loop. A figure that this system does not tell is None, never a guess.
 """
 
 import contextlib
@@ -17,6 +17,9 @@ from .backends import backend
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+
+# Asking the system for its free memory takes longer than allocating less than this.
+SMALL_BYTES = 64 * 2**20
 
 
 def _read(path: Path) -> str | None:
@@ -74,6 +77,15 @@ def threads_source(threads: int) -> str:
     return "one for each processor"
 
 
+def set_threads(threads: int) -> None:
+    """What `--threads` asks for, 0 being whatever there is; ValueError if it is far beyond this machine."""
+    most = max(64, 4 * usable_cpus())
+    if threads > most:
+        raise ValueError(f"--threads {threads}: more than {most} make no sense on {usable_cpus()} processors")
+    if threads:
+        backend("cpu").set_num_threads(threads)
+
+
 def peak_gflops(seconds: float = 0.2) -> float:
     """The float32 peak of all threads in GFLOP/s, measured with a loop of independent fused multiply-adds.
 
@@ -93,6 +105,15 @@ def free_memory() -> int | None:
     """
     known = [size for size in (_system_free(), _cgroup_free(), _ulimit_free()) if size is not None]
     return max(min(known), 0) if known else None
+
+
+def require_memory(num_bytes: int, what: str) -> None:
+    """MemoryError, before anything is allocated, if `what` needs more memory than is free."""
+    if num_bytes < SMALL_BYTES:
+        return
+    free = free_memory()
+    if free is not None and num_bytes > free:
+        raise MemoryError(f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free")
 
 
 def _system_free() -> int | None:

@@ -68,7 +68,7 @@ def aligned(rows: list[tuple[str, str]]) -> str:
 
 # ---- main.log -------------------------------------------------------------------------------------------------------
 
-_LINE = re.compile(r"s:(\d+)((?: [a-z]+:\S+)+)")
+_LINE = re.compile(r"s:(\d{1,18})((?: [a-z]+:\S+)+)")
 
 
 class MainLog:

@@ -16,16 +16,9 @@ import numpy as np
 from . import checkpoint
 from .backends import backend
 from .config import GPT2Config
+from .hardware import require_memory
 from .rng import TorchGenerator
-from .tensors import (
-    ACTIVATIONS,
-    FLOAT_BYTES,
-    TENSORS,
-    activation_shapes,
-    layer_views,
-    require_memory,
-    views,
-)
+from .tensors import ACTIVATIONS, FLOAT_BYTES, TENSORS, activation_shapes, layer_views, views
 
 INITIAL_STD = 0.02
 
@@ -165,18 +158,18 @@ class GPT2:
         its branch contributes.
         """
         self._allocate_grads()
-        ops, config, p, d = self.ops, self.config, self.params, self._grads
+        ops, config, params, grads = self.ops, self.config, self.params, self._grads
         accumulate = not self._grads_are_stale
         dresidual, dbranch, dqkv, dfch = acts.dresidual, acts.dbranch, acts.dqkv, acts.dfch
         dlnf = dln2 = datty = dln1 = dbranch
 
         ops.classifier_forward_backward(
-            acts.lnf, p["wte"], targets, vocab_size=config.vocab_size, loss_scale=loss_scale,
-            losses=acts.losses, dinp=dlnf, dweight=d["wte"], accumulate=accumulate,
+            acts.lnf, params["wte"], targets, vocab_size=config.vocab_size, loss_scale=loss_scale,
+            losses=acts.losses, dinp=dlnf, dweight=grads["wte"], accumulate=accumulate,
         )  # fmt: skip
         ops.layernorm_backward(
-            dlnf, acts.layers[-1].residual3, p["lnfw"], acts.lnf_mean, acts.lnf_rstd,
-            dinp=dresidual, dweight=d["lnfw"], dbias=d["lnfb"], accumulate=accumulate,
+            dlnf, acts.layers[-1].residual3, params["lnfw"], acts.lnf_mean, acts.lnf_rstd,
+            dinp=dresidual, dweight=grads["lnfw"], dbias=grads["lnfb"], accumulate=accumulate,
         )  # fmt: skip
         for layer in reversed(range(config.num_layers)):
             p, d, a = self._layers[layer], self._grad_layers[layer], acts.layers[layer]
@@ -205,8 +198,8 @@ class GPT2:
             )  # fmt: skip
         # wte is the head's weight too: its gradient already holds the head's part.
         ops.encoder_backward(
-            dresidual, tokens, self.params["wte"], self.params["wpe"],
-            dwte=self._grads["wte"], dwpe=self._grads["wpe"], accumulate=accumulate, tied=True,
+            dresidual, tokens, params["wte"], params["wpe"],
+            dwte=grads["wte"], dwpe=grads["wpe"], accumulate=accumulate, tied=True,
         )  # fmt: skip
         self._grads_are_stale = False
 

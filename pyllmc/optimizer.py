@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
+from .hardware import require_memory
 from .model import GPT2
-from .tensors import FLOAT_BYTES, TENSORS, require_memory, tensor_shapes
+from .tensors import FLOAT_BYTES, TENSORS, tensor_shapes
 
 DECAYED_KINDS = {"matrices": ("matrix", "embedding"), "all": ("matrix", "embedding", "norm", "bias")}
 
@@ -47,7 +48,7 @@ class AdamW:
         require_memory(2 * FLOAT_BYTES * model.config.num_parameters_padded, "the optimizer's state")
         self.m = model.ops.zeros(model.flat_params.shape)
         self.v = model.ops.zeros(model.flat_params.shape)
-        self._segments = _segments(model.config, DECAYED_KINDS[decay] if weight_decay else ())
+        self._segments = _segments(model.config, DECAYED_KINDS[decay])
 
     def step(self, learning_rate: float | None = None, grad_scale: float = 1.0) -> None:
         """One update of all parameters from `model.grads`, each first multiplied by grad_scale.
@@ -99,9 +100,14 @@ def grad_norm(model: GPT2) -> float:
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
-    """What gradients of this norm must be multiplied by to have a norm of at most max_norm; no epsilon, as in llm.c."""
+    """What gradients of this norm must be multiplied by to have a norm of at most max_norm; no epsilon, as in llm.c.
+
+    ValueError if the norm is not finite: no factor makes such gradients fit for an update.
+    """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
+    if not math.isfinite(norm):
+        raise ValueError(f"the norm of the gradients is {norm}, so they cannot be clipped; leave this update out")
     return max_norm / norm if norm > max_norm else 1.0
 
 
@@ -109,7 +115,7 @@ def clip_grad_norm(model: GPT2, max_norm: float = 1.0) -> float:
     """Scales all gradients in place so that their norm is at most max_norm, and returns the norm before.
 
     `optimizer.step(grad_scale=clip_scale(grad_norm(model), max_norm))` updates by the same gradients, to rounding, and
-    leaves them unscaled; it passes over memory once less.
+    leaves them unscaled; it passes over memory once less. ValueError, with nothing changed, if the norm is not finite.
     """
     norm = grad_norm(model)
     scale = clip_scale(norm, max_norm)

@@ -6,7 +6,8 @@
     main.log loss.png               the losses (logs.py, plot.py)
     model_* state_* DONE_*          checkpoints (checkpoint.py)
 
-Used by train.py alone: `claimed` is the block in which a run owns its folder. Calls files.py.
+Used by train.py alone: `claimed` is the block in which a run owns its folder. Calls settings.py, and takes
+the names of the data files from datasets and tokenizer.py.
 """
 
 import contextlib
@@ -17,13 +18,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .settings import RECIPE_FILE
+from .datasets.common import TRAIN_FILE, VAL_FILE
+from .settings import RECIPE_FILE, RUN_MARK
+from .tokenizer import TOKENIZER_FILE
 
-_OWN_FILE = re.compile(
-    r"recipe\.toml|(train|val|tokenizer)\.bin|tokenizer\.json|main\.log|loss\.png"
-    r"|model_\d{8,}\.bin|state_\d{8,}_\d{5}\.bin|DONE_\d{8,}"
-)
+_NAMES = (RECIPE_FILE, TRAIN_FILE, VAL_FILE, TOKENIZER_FILE, "tokenizer.json", "main.log", "loss.png")
+_OWN_FILE = re.compile("|".join(map(re.escape, _NAMES)) + r"|model_\d{8,}\.bin|state_\d{8,}_\d{5}\.bin|DONE_\d{8,}")
 _LOCK_FILE = ".lock"
+# What the lock file of a run begins with; then comes the number of its process.
+_LOCK_MARK = "pyllmc.train "
 
 
 def run_files(folder: Path) -> list[str]:
@@ -32,19 +35,26 @@ def run_files(folder: Path) -> list[str]:
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a training run began in `folder`."""
-    return (folder / RECIPE_FILE).is_file()
+    """Whether a training run began in `folder`: a recipe.toml that the user wrote does not make it one."""
+    return _begins_with(folder / RECIPE_FILE, RUN_MARK)
+
+
+def _begins_with(path: Path, mark: str) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark.encode()
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
     """The block in which this process alone writes to `folder`, which is made if it is not there.
 
-    For a new run an earlier one that has a checkpoint moves out of the way, as a whole, to FOLDER.1 (.2, ...), and the
-    block gets that path; what an earlier run left without a checkpoint is deleted. ValueError or OSError, and nothing
-    changed, if that cannot be done safely, if another process trains there, or if nothing can be written there.
+    For a new run what an earlier one left moves out of the way, as a whole, to FOLDER.1 (.2, ...), and the block gets
+    that path. ValueError or OSError, and nothing changed, if that cannot be done safely, if another process trains
+    there, if the files there are not a run's, or if nothing can be written there.
 
-    If the block fails before `recipe.toml` is there, what it wrote is deleted again.
+    If the block fails before `recipe.toml` is there, what it wrote, and nothing else, is deleted again.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another folder with --out")
@@ -52,18 +62,22 @@ def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
     folder = Path(os.path.realpath(folder))
     moved = None
     if folder.is_dir() and not resume:
-        began_here = has_run(folder) or (folder / _LOCK_FILE).exists()
+        began_here = has_run(folder) or _begins_with(folder / _LOCK_FILE, _LOCK_MARK)
         with _locked(folder):
             moved = _make_room(folder, began_here)
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder):
+            before = run_files(folder)
+            if before and not resume:
+                raise ValueError(f"{folder}: another process wrote {before[0]} there just now; choose another --out")
             try:
                 yield moved
             except BaseException:
                 if not has_run(folder):
-                    _delete(folder, run_files(folder))
+                    for name in set(run_files(folder)).difference(before):
+                        (folder / name).unlink(missing_ok=True)
                 raise
     finally:
         # Only those that are still empty can go.
@@ -75,16 +89,13 @@ def claimed(folder: Path, resume: bool) -> Iterator[Path | None]:
 
 
 def _make_room(folder: Path, began_here: bool) -> Path | None:
-    """Clears a locked folder for a new run; returns where it put the run that was there, if it had a checkpoint.
+    """Clears a locked folder for a new run; returns where it put the run that was there, if there was one.
     `began_here`: a run was in this folder, be it one that was killed while it got ready."""
     own = run_files(folder)
     if not own:
         return None
     if not began_here:
         raise ValueError(f"{folder}: {own[0]} is there already, and not from a training run; choose another --out")
-    if not any(name.startswith("DONE_") for name in own):
-        _delete(folder, own)
-        return None
     others = sorted(name for name in os.listdir(folder) if name not in own and not name.startswith("."))
     if others or Path.cwd().is_relative_to(folder):
         what = f"other files ({', '.join(others[:3])})" if others else "the current folder's name"
@@ -96,32 +107,33 @@ def _make_room(folder: Path, began_here: bool) -> Path | None:
     return aside
 
 
-def _delete(folder: Path, names: list[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the folder's lock file; the lock goes with the process, however that ends. ValueError naming its holder."""
     path = folder / _LOCK_FILE
-    is_new = not path.exists()
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write in this folder: {error.strerror}", str(folder)) from None
-    try:
+    while True:
+        is_new = not path.exists()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").strip()
-            raise ValueError(f"{folder}: process {holder} is training there; choose another --out") from None
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            # Some network file systems have no locks; then there is none.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            raise OSError(error.errno, f"cannot write in this folder: {error.strerror}", str(folder)) from None
+        try:
+            _lock(descriptor, folder)
+            # If the process that held the lock has deleted or moved its file since, this one's lock is of no use.
+            is_current = _is_open_as(descriptor, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if is_current:
+            break
+        os.close(descriptor)
+    try:
+        content = os.pread(descriptor, 100, 0)
+        if content and not content.startswith(_LOCK_MARK.encode()) and not has_run(folder):
+            raise ValueError(f"{path}: is not from a training run; choose another --out")
+        # An empty lock file that was there is not marked as a run's: what lies beside it may be another program's.
+        if is_new or content or has_run(folder):
+            os.ftruncate(descriptor, os.pwrite(descriptor, f"{_LOCK_MARK}{os.getpid()}\n".encode(), 0))
         yield
     except BaseException:
         # A refused or failed start leaves nothing in a folder that is not a run's.
@@ -130,3 +142,25 @@ def _locked(folder: Path) -> Iterator[None]:
         raise
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").removeprefix(_LOCK_MARK).strip()
+        who = f"process {holder}" if holder.isdigit() else "another process"
+        raise ValueError(f"{folder}: {who} is training there; choose another --out") from None
+    except OSError as error:
+        # Some network file systems have no locks; then there is none.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the file that `descriptor` has open."""
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

@@ -1,8 +1,8 @@
 """The tensors of GPT-2 in one table, and flat buffers cut into named views.
 
 Every other module that needs a parameter's name, shape or kind reads it here: the configuration counts with it, the
-model and the optimizer cut their flat buffers with it, the checkpoint writes in its order, the Hugging Face exchange
-takes its names from it. It is called by config.py, model.py, optimizer.py and checkpoint.py.
+model and the optimizer cut their flat buffers with it, the checkpoint writes in its order, bench/torch_reference.py
+takes the Hugging Face names from it. It is called by config.py, model.py, optimizer.py and checkpoint.py.
 
 Shapes are written in letters: B batch, T sequence length, C channels, L layers, NH heads, V vocabulary, Vp padded
 vocabulary, maxT context length. A number before a letter multiplies it: "3C".
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from .config import GPT2Config
 
 FLOAT_BYTES = 4
-
-# Asking the system for its free memory takes longer than allocating less than this.
-SMALL_BYTES = 64 * 2**20
 
 
 class Tensor(NamedTuple):
@@ -158,15 +155,3 @@ def activation_shapes(config: GPT2Config, B: int, T: int, training: bool) -> dic
     if not training:
         letters["L"] = 1
     return {name: resolve(shape, letters) for name, shape in table.items()}
-
-
-def require_memory(num_bytes: int, what: str) -> None:
-    """MemoryError, before anything is allocated, if `what` needs more memory than is free."""
-    # Imported here: hardware.py stands above this module, and only big allocations need it.
-    if num_bytes < SMALL_BYTES:
-        return
-    from . import hardware
-
-    free = hardware.free_memory()
-    if free is not None and num_bytes > free:
-        raise MemoryError(f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free")

@@ -26,13 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .config import GPT2_VOCAB_SIZE
 from .files import atomic_write, file_size, open_regular
 
 MAGIC = 20240328
 HEADER_BYTES = 1024
 MAX_VOCAB_SIZE = 65536  # token files hold uint16
 END_OF_TEXT = b"<|endoftext|>"
-GPT2_VOCAB_SIZE = 50257
+TOKENIZER_FILE = "tokenizer.bin"
 
 # How GPT-2 cuts text into pieces before it merges bytes (Radford et al. 2019): English clitics, then words, numbers and
 # runs of other signs, each with the space before it, then white space but for its last character. `++` and the case of
@@ -151,6 +152,8 @@ class CharTokenizer(Tokenizer):
                 f"the text has {len(found)} different characters; token files (uint16) have room for "
                 f"{MAX_VOCAB_SIZE - 1} besides the end of text"
             )
+        if halves := [char for char in found if "\ud800" <= char <= "\udfff"]:
+            raise ValueError(f"the text has {halves[0]!r}, half of a surrogate pair, which UTF-8 cannot express")
         return cls([END_OF_TEXT, *(char.encode("utf-8") for char in found)], 0)
 
     @property

@@ -39,6 +39,7 @@ from .checkpoint import (
 from .config import GPT2Config
 from .dataloader import DataLoader
 from .datasets import SHAKESPEARE, prepare_text
+from .datasets.common import TRAIN_FILE, VAL_FILE
 from .generate import stream_text
 from .logs import Console, MainLog, Pace, aligned, format_bytes, format_count, format_duration, format_share
 from .model import GPT2
@@ -51,11 +52,12 @@ from .settings import (
     Settings,
     add_options,
     check_resumable,
+    default_settings,
     load_recipe,
     run_name,
     save_recipe,
 )
-from .tokenizer import Tokenizer
+from .tokenizer import TOKENIZER_FILE, Tokenizer
 
 # A step whose loss or gradient is not a number is left out; after this many in a row the run is beyond help.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -141,29 +143,20 @@ def _read_request(argv: Sequence[str] | None) -> Request:
     )
     parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings to start from; options override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its checkpoint")
-    defaults = load_recipe(DEFAULT_RECIPE)
-    add_options(parser, defaults)
+    base = default_settings()
+    add_options(parser, base)
     options = vars(parser.parse_args(argv))
     recipe, resume = options.pop("recipe"), options.pop("resume")
     given = {name: value for name, value in options.items() if value is not None}
     asked = (load_recipe(recipe) if recipe else {}) | given
     folder = Path(asked.get("out") or Path("out", run_name(recipe or DEFAULT_RECIPE, given.get("text"))))
-    base = {} if recipe else defaults
     if resume:
         if not runs.has_run(folder):
             raise ValueError(f"{folder}: no run is there to resume; name its folder with --out, or leave out --resume")
-        base = load_recipe(str(folder / RECIPE_FILE))
+        base |= load_recipe(str(folder / RECIPE_FILE))
         check_resumable(base, asked, folder)
     text = Path(asked["text"]) if asked.get("text") else None
     return Request(Settings(**base | asked), folder, resume, text)
-
-
-def _set_threads(threads: int) -> None:
-    most = max(64, 4 * hardware.usable_cpus())
-    if threads > most:
-        raise ValueError(f"--threads {threads}: more than {most} make no sense on {hardware.usable_cpus()} processors")
-    if threads:
-        backend("cpu").set_num_threads(threads)
 
 
 def _check_needs(settings: Settings, vocab_size: int, folder: Path, text_bytes: int = 0) -> GPT2Config:
@@ -192,7 +185,7 @@ def _check_same_text(text: Path, folder: Path, min_tokens: int) -> None:
     """ValueError if `text` is not what the run in `folder` was trained on."""
     with tempfile.TemporaryDirectory(prefix=".text-", dir=folder) as again:
         prepare_text(text, again, min_tokens=min_tokens)
-        names = ("tokenizer.bin", "train.bin", "val.bin")
+        names = (TOKENIZER_FILE, TRAIN_FILE, VAL_FILE)
         if not all(filecmp.cmp(Path(again, name), folder / name, shallow=False) for name in names):
             raise ValueError(
                 f"{folder}: this run has another text than {text} is now; resume it without --text, or start another "
@@ -209,11 +202,15 @@ def _prepare(request: Request, console: Console) -> Run:
         prepare_text(request.text or SHAKESPEARE, folder, min_tokens=min_tokens)
     elif request.text:
         _check_same_text(request.text, folder, min_tokens)
-    tokenizer = Tokenizer.load(folder / "tokenizer.bin")
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     free_memory = hardware.free_memory()
     config = _check_needs(settings, tokenizer.vocab_size, folder)
     checkpoint = find_latest(folder) if request.resume else None
     if checkpoint is None:
+        if request.resume and list_steps(folder):
+            raise ValueError(
+                f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume"
+            )
         model = GPT2(config, settings.seed)
     else:
         model = GPT2.from_checkpoint(checkpoint.model_path)
@@ -221,9 +218,9 @@ def _prepare(request: Request, console: Console) -> Run:
             raise ValueError(f"{checkpoint.model_path}: is a {model.config}, the settings beside it say {config}")
     optimizer = AdamW(model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay)
     train_loader = DataLoader(
-        folder / "train.bin", B, T, shuffle=True, scatter_rows=True, seed=settings.seed, vocab_size=config.vocab_size
+        folder / TRAIN_FILE, B, T, shuffle=True, scatter_rows=True, seed=settings.seed, vocab_size=config.vocab_size
     )
-    val_loader = DataLoader(folder / "val.bin", B, T, vocab_size=config.vocab_size)
+    val_loader = DataLoader(folder / VAL_FILE, B, T, vocab_size=config.vocab_size)
     if checkpoint is not None:
         load_checkpoint(checkpoint, optimizer, train_loader)
         if checkpoint.step > settings.max_steps:
@@ -312,6 +309,8 @@ def _loop(run: Run, log: MainLog, stop: Stop) -> int:
         ends = step == last or stopping()
         # After a skipped update the parameters are suspect: the checkpoint from before it stays the newest for now.
         due = step > 0 and _due(step, settings.checkpoint_every, last) and not run.skipped_in_a_row
+        if step == last and not stopping():
+            _check_end(run)
         if step != saved and (due or ends):
             _save(run, step)
             saved = step
@@ -352,15 +351,39 @@ def _show_sample(run: Run, step: int, stopping: Callable[[], bool]) -> None:
     run.pace.pause("sample", run.settings.sample_every, time.perf_counter() - begin)
 
 
+def _check_end(run: Run) -> None:
+    """ValueError if what the last update left is no trained model; before it is saved."""
+    problem = None
+    if run.skipped_in_a_row:
+        problem = "the loss or gradient of the last update was not finite"
+    elif not math.isfinite(run.validation_loss):
+        problem = f"the validation loss is {run.validation_loss:g}"
+    if problem:
+        raise ValueError(f"training diverged: {problem}; {_what_is_left(run)}")
+
+
+def _what_is_left(run: Run) -> str:
+    return f"what {run.folder} holds is from before; start again with a lower --learning-rate"
+
+
 def _save(run: Run, step: int) -> None:
+    """A checkpoint, if the parameters are finite; else ValueError, and the older ones stay."""
     begin = time.perf_counter()
+    norm = float(run.model.ops.global_norm(run.model.flat_params))
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"step {step}: training diverged: the norm of the parameters is {norm:g}; {_what_is_left(run)}"
+        )
+    if step in list_steps(run.folder):
+        # The checkpoint that the run came from is what would be saved now. Any other was damaged, see below.
+        if step == run.start:
+            return
+        Checkpoint(run.folder, step).remove()
     checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader)
     # A later one was damaged, or the run would have gone on from it.
     for later in list_steps(run.folder):
         if later > step:
-            damaged = Checkpoint(run.folder, later)
-            for path in (damaged.done_path, damaged.model_path, damaged.state_path):
-                path.unlink(missing_ok=True)
+            Checkpoint(run.folder, later).remove()
     if not run.skipped_in_a_row:
         remove_old_checkpoints(run.folder, run.settings.keep_checkpoints)
     run.pace.pause("checkpoint", run.settings.checkpoint_every, time.perf_counter() - begin)
@@ -399,7 +422,7 @@ def _update(run: Run, step: int, log: MainLog) -> None:
     if run.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
         raise ValueError(
             f"step {step + 1}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, so training "
-            f"stops; what {run.folder} holds is from before; start again with a lower --learning-rate"
+            f"stops; {_what_is_left(run)}"
         )
 
 
@@ -409,7 +432,7 @@ def _update(run: Run, step: int, log: MainLog) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     request = _read_request(argv)
     settings, folder = request.settings, request.folder
-    _set_threads(settings.threads)
+    hardware.set_threads(settings.threads)
     text_bytes = 0 if request.resume else (request.text or SHAKESPEARE).stat().st_size
     # Before the text is read its vocabulary is not known, but what cannot fit even with the smallest never will.
     _check_needs(settings, 1, folder, text_bytes)

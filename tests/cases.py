@@ -400,16 +400,21 @@ ALL_CASES = [case for cases in CASES.values() for case in cases]
 def gpt2_cases(B=4, T=64, C=768, NH=12, V=50257, maxT=1024):
     """Each different op call in a training step of GPT-2, here the 124M one, fused as the model fuses them."""
     leading, Vp, parameters = (B, T), -(-V // 128) * 128, 12 * C * C
-    linear = ("qkv", 3 * C, C, {}), ("attproj", C, C, {}), ("fc", 4 * C, C, {"gelu": True}), ("fcproj", C, 4 * C, {})
+    linear = (
+        ("qkv", 3 * C, C, {}),
+        ("attproj", C, C, {"residual": True}),
+        ("fc", 4 * C, C, {"gelu": True}),
+        ("fcproj", C, 4 * C, {"residual": True}),
+    )
     encoder = {"B": B, "T": T, "C": C, "V": Vp, "maxT": maxT}
-    norm = {"leading": leading, "C": C, "residual": True}
+    norm = {"leading": leading, "C": C}
     attention = {"B": B, "T": T, "NH": NH, "HS": C // NH}
     classifier = {"leading": leading, "C": C, "V": V, "Vp": Vp}
     table = {
         "encoder_forward": [encoder],
         "encoder_backward": [encoder],
         "layernorm_forward": [norm],
-        "layernorm_backward": [norm],
+        "layernorm_backward": [norm | {"residual": True}],
         "matmul_forward": [{"leading": leading, "C": c, "OC": oc, **options} for _, oc, c, options in linear],
         "matmul_backward": [
             {"leading": leading, "C": c, "OC": oc, "gelu": name == "fcproj"} for name, oc, c, _ in linear

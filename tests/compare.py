@@ -5,6 +5,7 @@ every result against the float64 reference on the same float32 numbers, at the t
 the tests of ops; calls cases.py and reference.py.
 """
 
+import dataclasses
 import inspect
 import math
 
@@ -160,14 +161,14 @@ def named(call, returned):
 def run(module, call, **outputs_and_options):
     """Call the op on fresh copies of its inputs; returns the results by name."""
     copies = {name: value.copy() for name, value in call.arrays.items()}
-    copied = cases.Call(call.op, call.inputs | copies, call.outputs, call.flops, call.in_place)
+    copied = dataclasses.replace(call, inputs=call.inputs | copies)
     return named(copied, getattr(module, call.op)(**copied.inputs, **outputs_and_options))
 
 
 def in_float64(call):
     """The same call for the reference."""
     wide = {name: value.astype(np.float64) for name, value in call.arrays.items() if value.dtype == np.float32}
-    return cases.Call(call.op, call.inputs | wide, call.outputs, call.flops, call.in_place)
+    return dataclasses.replace(call, inputs=call.inputs | wide)
 
 
 def expected_results(call, prior=None):
@@ -194,7 +195,7 @@ def check(module, case, seed=0, accumulate=False):
     for name, value in call.arrays.items():
         inputs[name] = guarded_inputs[name].array if name in guarded_inputs else value.copy()
         inputs[name].setflags(write=name in call.in_place)
-    guarded_call = cases.Call(call.op, inputs, call.outputs, call.flops, call.in_place)
+    guarded_call = dataclasses.replace(call, inputs=inputs)
     outputs = {name: guard.array for name, guard in guarded.items()}
     options = {"accumulate": True} if accumulate else {}
     results = named(guarded_call, getattr(module, call.op)(**inputs, **outputs, **options))

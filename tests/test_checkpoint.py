@@ -432,6 +432,18 @@ def test_files_of_a_checkpoint(tmp_path, token_file):
     assert slots_of(saved.state_path)[:11] == [20240527, 1, 1, 0, 0, 1, 0, 0, 0, 0, 2]
 
 
+def test_a_checkpoint_is_not_written_over(tmp_path, token_file):
+    with Run(token_file) as run:
+        run.train(1)
+        saved = run.save(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match="DONE_00000001: step 1 has a checkpoint already"):
+            run.save(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        saved.remove()
+        run.save(tmp_path)
+
+
 @pytest.fixture
 def three_checkpoints(tmp_path, token_file):
     with Run(token_file) as run:

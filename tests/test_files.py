@@ -68,9 +68,19 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "file.bin").mkdir()
-    with pytest.raises(OSError), atomic_write(tmp_path / "file.bin") as file:
+    with pytest.raises(ValueError, match="not a regular file"), atomic_write(tmp_path / "file.bin") as file:
         file.write(b"x")
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(ValueError, match=f"{name}: .*not a regular file"), atomic_write(tmp_path / name) as file:
+            file.write(b"x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 def test_links_are_written_through(tmp_path):

@@ -238,7 +238,12 @@ def test_program_options(home, capsys):
     assert "".join(first) == f"--- 1 of 2 ---\n{texts[0]}\n--- 2 of 2 ---\n{texts[1]}\n"
 
 
-def test_program_reads_llmc_s_tokenizer_name(home, capsys):
+@pytest.mark.parametrize("threads", [0, 1])
+def test_program_with_few_threads_or_all(home, threads):
+    assert run("--checkpoint", save_run(home), "--max-new-tokens", 1, "--threads", threads) == 0
+
+
+def test_program_reads_llmc_s_tokenizer_name(home):
     path = save_run(home)
     for suffix in (".bin", ".json"):
         (home / f"tokenizer{suffix}").rename(home / f"gpt2_tokenizer{suffix}")
@@ -256,6 +261,7 @@ def test_program_reads_llmc_s_tokenizer_name(home, capsys):
         (["--checkpoint", "run", "--prompt", "été W"], 1, "no 'W'"),
         (["--checkpoint", "run", "--seed", "0"], 2, "--seed"),
         (["--checkpoint", "run", "--seed", str(2**64)], 1, "from 1 to"),
+        (["--checkpoint", "run", "--threads", "3000000000"], 1, "--threads 3000000000: more than"),
         (["--checkpoint", "run", "--top-p", "0"], 1, "top_p must be above 0"),
         (["--temperature", "-1"], 2, "a number of at least 0"),
         (["--temperature", "nan"], 2, "expected a number"),

@@ -121,6 +121,28 @@ def test_memory_under_ulimit():
     assert 0 < int(done.stdout) < 2**31
 
 
+def test_more_memory_than_there_is():
+    hardware.require_memory(1000, "a small array")
+    with pytest.raises(MemoryError, match=r"a model of giants needs 1048576\.00 GiB, \d+\.\d\d GiB is free"):
+        hardware.require_memory(2**50, "a model of giants")
+
+
+def test_set_threads():
+    cpu = hardware.backend("cpu")
+    before = cpu.get_num_threads()
+    try:
+        hardware.set_threads(1)
+        assert cpu.get_num_threads() == 1
+        hardware.set_threads(0)
+        assert cpu.get_num_threads() == 1
+        for threads in (99_999, 3_000_000_000, 10**30):
+            with pytest.raises(ValueError, match=rf"^--threads {threads}: more than \d+ make no sense on \d+ proc"):
+                hardware.set_threads(threads)
+        assert cpu.get_num_threads() == 1
+    finally:
+        cpu.set_num_threads(before)
+
+
 def test_threads_source(monkeypatch):
     monkeypatch.setattr(hardware.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(hardware, "usable_cpus", lambda: 8)

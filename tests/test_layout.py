@@ -47,7 +47,7 @@ def nodes_that_run(tree):
 
 
 def imports(module):
-    """Names of the modules that this one imports, inside functions and by import_module too; not those outside pyllmc."""
+    """Names of pyllmc's modules that this one imports, inside functions and by import_module too."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()

@@ -74,6 +74,13 @@ def test_resumed_log_equals_whole_log(tmp_path):
     assert (tmp_path / "parts.log").read_bytes() == (tmp_path / "whole.log").read_bytes()
 
 
+def test_a_step_without_end_is_no_step(tmp_path):
+    (tmp_path / "main.log").write_text(f"s:1 trl:2.0\ns:{'9' * 5000} trl:1.0\n")
+    assert logs.read_main_log(tmp_path / "main.log") == {"trl": {1: 2.0}}
+    write_log(tmp_path / "main.log", [], resume_step=2)
+    assert (tmp_path / "main.log").read_text() == "s:1 trl:2.0\n"
+
+
 def test_new_log_replaces_an_old_one(tmp_path):
     write_log(tmp_path / "main.log", range(5))
     write_log(tmp_path / "main.log", range(1))

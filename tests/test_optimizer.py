@@ -59,7 +59,6 @@ def test_defaults():
 
 def test_neighbours_are_updated_in_one_call():
     model = GPT2(CONFIG, ops=reference)
-    assert len(AdamW(model)._segments) == 1
     assert len(AdamW(model, weight_decay=0.1, decay="all")._segments) == 1
     segments = AdamW(model, weight_decay=0.1)._segments
     # Embeddings, then five runs of norms and biases with four matrices between them.
@@ -110,10 +109,30 @@ def test_clipping_in_the_step_is_clipping_before_it(ops):
 def test_clip_scale_has_no_epsilon():
     assert clip_scale(4.0, 1.0) == 0.25
     assert clip_scale(1.0, 1.0) == 1.0 and clip_scale(0.0, 1.0) == 1.0
-    assert clip_scale(math.nan, 1.0) == 1.0
     for max_norm in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="max_norm must be positive"):
             clip_scale(1.0, max_norm)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_not_clipped(ops, value):
+    model = model_with_gradients(ops)
+    model.flat_grads[3] = value
+    before = model.flat_grads.copy()
+    with pytest.raises(ValueError, match=f"^the norm of the gradients is {value}"):
+        clip_grad_norm(model, 1.0)
+    assert np.array_equal(model.flat_grads, before, equal_nan=True)
+    with pytest.raises(ValueError, match=f"^the norm of the gradients is {value}"):
+        clip_scale(value, 1.0)
+
+
+def test_weight_decay_may_change_later(ops):
+    first, second = model_with_gradients(ops), model_with_gradients(ops)
+    optimizer = AdamW(first)
+    optimizer.weight_decay = 0.1
+    optimizer.step()
+    AdamW(second, weight_decay=0.1).step()
+    assert np.array_equal(first.flat_params, second.flat_params)
 
 
 def test_load_state(ops):

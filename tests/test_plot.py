@@ -52,7 +52,7 @@ def test_picture_of_one_run(tmp_path, capsys):
     assert sorted(os.listdir(folder)) == ["loss.png", "main.log"]
 
 
-def test_picture_of_several_runs(tmp_path, monkeypatch, capsys):
+def test_picture_of_several_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [make_run(tmp_path / name, last=last) for name, last in (("a", 1.5), ("b", 1.8), ("b/a", 2.0))]
     assert run(*folders) == 0
@@ -71,7 +71,7 @@ def test_what_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("name, start", [("p.svg", b"<?xml"), ("p.PDF", b"%PDF"), ("p.png", PNG)])
-def test_formats(name, start, tmp_path, capsys):
+def test_formats(name, start, tmp_path):
     assert run(make_run(tmp_path / "run"), "--out", tmp_path / name) == 0
     assert (tmp_path / name).read_bytes().startswith(start)
 
@@ -79,7 +79,7 @@ def test_formats(name, start, tmp_path, capsys):
 @pytest.mark.parametrize(
     "lines", ["s:0 trl:4.2 lr:0.1 norm:1.0\n", "s:0 tel:4.2\n", "s:0 trl:nan lr:0.1 norm:nan\ns:1 trl:3\n"]
 )
-def test_run_that_has_just_begun(lines, tmp_path, capsys):
+def test_run_that_has_just_begun(lines, tmp_path):
     (tmp_path / "main.log").write_text(lines)
     assert run(tmp_path) == 0
     plot.loss_table(plot.read_runs([tmp_path]))

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,29 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def with_defaults(**values) -> settings.Settings:
+    return settings.Settings(**settings.default_settings() | values)
+
+
+def test_each_default_stands_in_one_place():
+    """In the default recipe or, for what that leaves out, in the table."""
+    recipe = settings.load_recipe(settings.DEFAULT_RECIPE)
+    table = {name for name, setting in settings.FIELDS.items() if setting.default is not MISSING}
+    assert table | recipe.keys() == settings.FIELDS.keys()
+    assert not table & recipe.keys()
+    assert settings.default_settings().items() >= recipe.items()
+
+
 @pytest.mark.parametrize("name", settings.recipe_names())
 def test_packaged_recipes_are_whole(name):
-    values = settings.Settings(**settings.load_recipe(name))
+    values = settings.Settings(**settings.default_settings() | settings.load_recipe(name))
     GPT2Config(values.layers, values.heads, values.channels, 65, values.context)
     assert values.warmup < values.max_steps
 
 
 def test_every_setting_is_an_option_with_help():
     parser = cli.ArgumentParser()
-    settings.add_options(parser, settings.load_recipe(settings.DEFAULT_RECIPE))
+    settings.add_options(parser, settings.default_settings())
     help = parser.format_help()
     for name in settings.FIELDS:
         assert settings.flag(name) in help
@@ -37,13 +51,13 @@ def test_every_setting_is_an_option_with_help():
 
 def test_the_help_shows_the_default_recipes_values():
     parser = cli.ArgumentParser()
-    settings.add_options(parser, {"batch_size": 77})
+    settings.add_options(parser, settings.default_settings() | {"batch_size": 77})
     assert re.search(r"--batch-size N +sequences in one step \(default: 77\)", parser.format_help())
 
 
 def test_saved_recipe_is_loaded_as_it_was(tmp_path):
-    text = tmp_path / 'a "quoted" name.txt'
-    before = settings.Settings(text=str(text), learning_rate=1e-5, layers=7, schedule="wsd", out="elsewhere")
+    text = tmp_path / 'a "quoted" \x7f\t\\ näme.txt'
+    before = with_defaults(text=str(text), learning_rate=1e-5, layers=7, schedule="wsd", out="elsewhere")
     settings.save_recipe(before, tmp_path / "recipe.toml")
     values = settings.load_recipe(str(tmp_path / "recipe.toml"))
     assert "out" not in values
@@ -55,7 +69,7 @@ def test_relative_text_counts_from_the_recipe(tmp_path, monkeypatch):
     Path("sub").mkdir()
     name = write(Path("sub/mine.toml"), 'text = "notes.txt"\n')
     assert settings.load_recipe(name)["text"] == "sub/notes.txt"
-    settings.save_recipe(settings.Settings(text="notes.txt"), "recipe.toml")
+    settings.save_recipe(with_defaults(text="notes.txt"), "recipe.toml")
     assert tomllib.loads(Path("recipe.toml").read_text())["text"] == str(tmp_path / "notes.txt")
 
 
@@ -71,6 +85,7 @@ def test_relative_text_counts_from_the_recipe(tmp_path, monkeypatch):
         ("text = 3", "text must be a string"),
         ('schedule = "sine"', "schedule must be one of cosine, linear, constant, wsd"),
         ("learning_rate = nan", "learning_rate: expected a number"),
+        ("beta1 = 1.0", "beta1: expected a number in [0, 1)"),
         ("layers = ", "not a recipe"),
         ("[model]\nlayers = 3", "no setting is called 'model'"),
     ],
@@ -80,6 +95,12 @@ def test_bad_recipe(text, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         settings.load_recipe(name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_recipe_that_is_nested_too_deeply(tmp_path):
+    name = write(tmp_path / "mine.toml", "layers = " + "[" * 100_000)
+    with pytest.raises(ValueError, match="mine.toml: not a recipe"):
+        settings.load_recipe(name)
 
 
 def test_recipe_that_is_no_text(tmp_path):
@@ -102,9 +123,9 @@ def test_run_name(recipe, text, name):
 
 
 def test_only_settings_without_influence_on_the_result_change_on_resume():
-    recorded = {"layers": 4, "text": "a.txt"}
+    recorded = settings.default_settings() | {"layers": 4, "text": "a.txt", "beta1": 0.75}
     free = {"threads": 3, "val_every": 7, "sample_every": 1, "log_every": 2, "out": "x", "text": "b.txt", "layers": 4}
-    settings.check_resumable(recorded, free | {"beta1": settings.Settings.beta1}, Path("out/a"))
+    settings.check_resumable(recorded, free | {"beta1": 0.75}, Path("out/a"))
     with pytest.raises(ValueError, match="out/a: this run has layers = 4, and --layers 5 was asked for"):
         settings.check_resumable(recorded, {"layers": 5}, Path("out/a"))
     with pytest.raises(ValueError, match="--beta1"):

@@ -1,9 +1,11 @@
-"""The vector exp and log that every op is built on: at most 2 units in the last place off, over all of float32."""
+"""The vector exp and log that every op is built on: at most so many units in the last place off, over all
+of float32."""
 
 import numpy as np
 import pytest
 
-MAX_ULP = 2.0
+# Units in the last place.
+EXP_ULP, LOG_ULP = 1.1, 2.0
 
 
 def every_exponent(samples=64):
@@ -21,8 +23,8 @@ def ulp_error(actual, exact):
     return np.abs(actual.astype(np.float64) - exact) / spacing
 
 
-def assert_ulp(function, exact_function, inp):
-    """Within MAX_ULP where the exact result is a finite float32, infinite where it is beyond, never NaN."""
+def assert_ulp(function, exact_function, max_ulp, inp):
+    """Within max_ulp where the exact result is a finite float32, infinite where it is beyond, never NaN."""
     actual = function(inp)
     exact = exact_function(inp.astype(np.float64))
     with np.errstate(over="ignore"):
@@ -30,18 +32,18 @@ def assert_ulp(function, exact_function, inp):
     np.testing.assert_array_equal(actual[~finite], exact[~finite].astype(np.float32))
     error = ulp_error(actual[finite], exact[finite])
     worst = np.argmax(error)
-    assert error[worst] <= MAX_ULP, f"{error[worst]:.2f} ulp off at {inp[finite][worst]!r}"
+    assert error[worst] <= max_ulp, f"{error[worst]:.2f} ulp off at {inp[finite][worst]!r}"
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_exp_over_all_exponents(cpu):
     x = every_exponent()
-    assert_ulp(cpu._vector_exp, np.exp, np.concatenate([x, -x]))
+    assert_ulp(cpu._vector_exp, np.exp, EXP_ULP, np.concatenate([x, -x]))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_exp_where_it_is_finite(cpu):
-    assert_ulp(cpu._vector_exp, np.exp, np.linspace(-110.0, 95.0, 200_001, dtype=np.float32))
+    assert_ulp(cpu._vector_exp, np.exp, EXP_ULP, np.linspace(-110.0, 95.0, 200_001, dtype=np.float32))
 
 
 def test_exp_overflows_to_infinity_and_underflows_to_zero(cpu):
@@ -62,7 +64,7 @@ def test_exp_is_exact_at_zero_and_keeps_nan(cpu):
 
 def test_log_over_all_exponents(cpu):
     x = every_exponent()
-    assert_ulp(cpu._vector_log, np.log, x[x > 0])
+    assert_ulp(cpu._vector_log, np.log, LOG_ULP, x[x > 0])
 
 
 def test_log_around_one(cpu):
@@ -70,7 +72,7 @@ def test_log_around_one(cpu):
     for centre in (1.0, 0.5**0.5, 2.0**0.5):
         start = np.array(centre, np.float32).view(np.int32)
         x = np.arange(start - 20_000, start + 20_000, dtype=np.int32).view(np.float32)
-        assert_ulp(cpu._vector_log, np.log, x)
+        assert_ulp(cpu._vector_log, np.log, LOG_ULP, x)
 
 
 def test_log_of_special_values(cpu):

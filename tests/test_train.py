@@ -1,5 +1,6 @@
 """The training program: what it prints and leaves, that a resumed run equals an uninterrupted one, and bad input."""
 
+import dataclasses
 import os
 import re
 import resource
@@ -75,7 +76,7 @@ def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
 # ---- what a run prints and leaves -----------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_files(capsys):
+def test_a_run_leaves_its_files():
     assert run() == 0
     assert visible("out/notes") == sorted(FILES)
     assert not [name for name in os.listdir("out/notes") if name.endswith(".tmp")]
@@ -83,7 +84,7 @@ def test_a_run_leaves_its_files(capsys):
     assert find_model(None) == Path("out/notes", f"model_{STEPS:08d}.bin")
 
 
-def test_main_log_follows_llm_c(capsys):
+def test_main_log_follows_llm_c():
     run()
     lines = Path("out/notes/main.log").read_text().splitlines()
     train_line = re.compile(r"s:(\d+) trl:\d+\.\d{4} lr:\d\.\d{6} norm:\d+\.\d{2}")
@@ -136,19 +137,27 @@ def test_the_default_text_is_shakespeare(capsys):
     assert (Path("out/shakespeare") / "model_00000001.bin").exists()
 
 
-def test_a_finished_run_can_be_run_again_from_its_recipe(capsys):
+def test_a_finished_run_can_be_run_again_from_its_recipe():
     run("--out", "first", "--seed", "7")
     assert cli.run_main(train.main, ["--recipe", "first/recipe.toml", "--out", "second"]) == 0
     assert content("first") == content("second")
 
 
-def test_seed_changes_the_result(capsys):
+def test_a_recipe_with_only_a_text_is_the_same_as_the_text():
+    Path("mine.toml").write_text('text = "notes.txt"\n')
+    by_option = train._read_request(["--text", "notes.txt"]).settings
+    assert by_option == train._read_request(["--recipe", "mine.toml"]).settings
+    assert by_option == train._read_request(["--recipe", "shakespeare", "--text", "notes.txt"]).settings
+    assert train._read_request([]).settings == dataclasses.replace(by_option, text="")
+
+
+def test_seed_changes_the_result():
     run("--out", "first", "--seed", "1")
     run("--out", "second", "--seed", "2")
     assert content("first")["main.log"] != content("second")["main.log"]
 
 
-def test_newest_checkpoints_are_kept(capsys):
+def test_newest_checkpoints_are_kept():
     run("--checkpoint-every", "2", "--keep-checkpoints", "2", "--out", "two")
     assert checkpoint.list_steps("two") == [6, 8]
     run("--checkpoint-every", "2", "--keep-checkpoints", "0", "--out", "all")
@@ -168,7 +177,7 @@ def test_no_picture_without_matplotlib(capsys, monkeypatch):
 
 
 @pytest.fixture
-def whole(capsys):
+def whole():
     """What an uninterrupted run leaves."""
     run("--out", "whole")
     return content("whole")
@@ -191,13 +200,13 @@ def test_sigterm_has_its_own_exit_code(capsys, monkeypatch):
     assert "python -m pyllmc.train --out out/notes --resume" in capsys.readouterr().out
 
 
-def test_signal_handlers_are_put_back(capsys, monkeypatch):
+def test_signal_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     run()
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
-def test_stop_during_validation_and_sample(whole, capsys, monkeypatch):
+def test_stop_during_validation_and_sample(whole, monkeypatch):
     """A request to stop that comes while no update is made stops there, and the resumed run does that part again."""
     with monkeypatch.context() as patch:
         loss = GPT2.loss
@@ -210,7 +219,7 @@ def test_stop_during_validation_and_sample(whole, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_process_can_be_resumed(number, capsys):
+def test_interrupted_process_can_be_resumed(number):
     """The same with a real process, at a step that chance decides; a killed one goes on from its last checkpoint."""
     long = ["--max-steps", "1000", "--checkpoint-every", "50", "--sample-every", "0", "--val-every", "0"]
     assert run("--out", "whole", *long) == 0
@@ -251,7 +260,7 @@ def test_resume_of_a_complete_run_changes_nothing(capsys):
     assert Path("out/notes/loss.png").exists()
 
 
-def test_resume_before_the_first_checkpoint_starts_anew(whole, capsys):
+def test_resume_before_the_first_checkpoint_starts_anew(whole):
     run("--out", "parts")
     for name in FILES[-3:]:
         Path("parts", name).unlink()
@@ -271,7 +280,7 @@ def test_damaged_newest_checkpoint_is_passed_over(whole, capsys, monkeypatch):
     assert content("parts")["main.log"] == whole["main.log"]
 
 
-def test_damaged_checkpoint_never_counts_as_one_to_keep(whole, capsys, monkeypatch):
+def test_damaged_checkpoint_never_counts_as_one_to_keep(whole, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         run("--out", "parts", "--keep-checkpoints", "2")
@@ -282,6 +291,24 @@ def test_damaged_checkpoint_never_counts_as_one_to_keep(whole, capsys, monkeypat
     assert checkpoint.list_steps("parts") == [5]
     assert run("--out", "parts", "--resume", "--keep-checkpoints", "1") == 0
     assert content("parts") | {"recipe.toml": whole["recipe.toml"]} == whole
+
+
+def test_resume_without_any_whole_checkpoint_is_refused(capsys):
+    run()
+    os.truncate(f"out/notes/model_{STEPS:08d}.bin", 1500)
+    before = content("out/notes")
+    assert run("--resume") == 1
+    assert "error: out/notes: no checkpoint is whole" in capsys.readouterr().err
+    assert content("out/notes") == before
+
+
+def test_a_run_can_stop_at_the_same_step_twice(whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        loss = GPT2.loss
+        patch.setattr(GPT2, "loss", lambda *batch: os.kill(os.getpid(), signal.SIGINT) or loss(*batch))
+        assert run("--out", "parts") == run("--out", "parts", "--resume") == 130
+    assert run("--out", "parts", "--resume") == 0
+    assert content("parts") == whole
 
 
 # ---- losses that are not finite -------------------------------------------------------------------------------------
@@ -324,6 +351,36 @@ def test_too_many_skipped_steps_end_the_run(capsys, monkeypatch):
     assert not checkpoint.list_steps("out/notes")
 
 
+DIVERGING = ["--learning-rate", "1e38", "--warmup", "0", "--sample-every", "0", "--checkpoint-every", "1"]
+
+
+def check_diverged(capsys) -> None:
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "lower --learning-rate" in err, err
+    for step in checkpoint.list_steps("out/notes"):
+        assert np.isfinite(GPT2.from_checkpoint(f"out/notes/model_{step:08d}.bin").flat_params).all()
+
+
+@pytest.mark.parametrize("steps", ["1", "5", "40"])
+def test_a_diverged_run_ends_with_an_error(steps, capsys):
+    assert run(*DIVERGING, "--max-steps", steps) == 1
+    check_diverged(capsys)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(capsys, monkeypatch):
+    update = train._update
+
+    def spoil(run, step, log):
+        update(run, step, log)
+        if step == 5:
+            run.model.flat_params[7] = np.inf
+
+    monkeypatch.setattr(train, "_update", spoil)
+    assert run("--sample-every", "0", "--checkpoint-every", "2", "--val-every", "0") == 1
+    check_diverged(capsys)
+    assert checkpoint.list_steps("out/notes") == [4]
+
+
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +394,7 @@ def test_an_earlier_run_moves_aside(capsys):
     assert content("out/notes.1") == first
 
 
-def test_a_failing_start_leaves_the_earlier_run_in_place(capsys):
+def test_a_failing_start_leaves_the_earlier_run_in_place():
     run()
     before = content("out/notes")
     Path("notes.txt").write_text("too short")
@@ -346,22 +403,23 @@ def test_a_failing_start_leaves_the_earlier_run_in_place(capsys):
     assert content("out/notes") == before
 
 
-def test_a_run_without_checkpoint_is_replaced(capsys, monkeypatch):
+def test_a_run_without_checkpoint_moves_aside(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "_loop", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     assert "recipe.toml" in visible("out/notes")
     assert run() == 0
-    assert visible("out") == ["notes"]
+    assert visible("out") == ["notes", "notes.1"]
 
 
-def test_what_a_killed_start_left_is_replaced(capsys):
+def test_what_a_killed_start_left_moves_aside():
     Path("out/notes").mkdir(parents=True)
-    for name in ("train.bin", ".lock"):
-        Path("out/notes", name).touch()
+    Path("out/notes/train.bin").touch()
+    Path("out/notes/.lock").write_text("pyllmc.train 1\n")
     assert run() == 0
-    assert visible("out") == ["notes"]
+    assert visible("out") == ["notes", "notes.1"]
+    assert visible("out/notes.1") == ["train.bin"]
 
 
 @pytest.mark.parametrize("name", ["train.bin", "tokenizer.bin", "model_00000004.bin"])
@@ -418,12 +476,12 @@ def check_refused(code: int, capsys, *words: str, usage: bool = False) -> None:
         (["--layers", "100001"], ["num_layers"]),
         (["--layers", "9000", "--channels", "900000"], ["memory", "free"]),
         (["--threads", "99999"], ["--threads"]),
+        (["--threads", "2147483647"], ["--threads"]),
         (["--recipe", "nonsense"], ["'nonsense'", "shakespeare"]),
         (["--recipe", "none.toml"], ["none.toml", "No such file"]),
         (["--resume"], ["no run is there to resume"]),
         (["--out", "notes.txt"], ["notes.txt", "is a file"]),
         (["--out", "notes.txt/out"], ["notes.txt"]),
-        (["--beta2", "1"], ["beta2"]),
     ],
 )  # fmt: skip
 def test_bad_request(arguments, words, capsys):
@@ -435,7 +493,7 @@ def test_bad_request(arguments, words, capsys):
     [
         ["--max-steps", "0"], ["--batch-size", "-1"], ["--layers", "2.5"], ["--learning-rate", "nan"],
         ["--learning-rate", "0"], ["--final-lr-fraction", "2"], ["--schedule", "sine"], ["--seed", "-1"],
-        ["--nonsense"], ["--text"],
+        ["--nonsense"], ["--text"], ["--beta1", "1"], ["--beta2", "1"],
     ],
 )  # fmt: skip
 def test_bad_command_line(arguments, capsys):

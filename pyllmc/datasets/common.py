@@ -17,7 +17,10 @@ import numpy as np
 from ..cli import ArgumentParser
 from ..dataloader import HEADER_BYTES, MAGIC, TOKEN, VERSION
 from ..files import atomic_write
-from ..tokenizer import Tokenizer
+from ..tokenizer import TOKENIZER_FILE, Tokenizer
+
+TRAIN_FILE = "train.bin"
+VAL_FILE = "val.bin"
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,16 @@ class Prepared:
 
     @property
     def train(self) -> Path:
-        return self.folder / "train.bin"
+        return self.folder / TRAIN_FILE
 
     @property
     def val(self) -> Path:
-        return self.folder / "val.bin"
+        return self.folder / VAL_FILE
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.num_train:,} tokens to train on (train.bin), {self.num_val:,} held out (val.bin), "
-            f"vocabulary of {self.tokenizer.vocab_size:,} (tokenizer.bin)"
+            f"{self.folder}: {self.num_train:,} tokens to train on ({TRAIN_FILE}), {self.num_val:,} held out "
+            f"({VAL_FILE}), vocabulary of {self.tokenizer.vocab_size:,} ({TOKENIZER_FILE})"
         )
 
 

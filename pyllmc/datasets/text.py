@@ -18,7 +18,7 @@ import numpy as np
 
 from ..cli import ArgumentParser
 from ..files import open_regular
-from ..tokenizer import CharTokenizer, Tokenizer
+from ..tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer
 from .common import Prepared, add_common_options, token_file
 
 HELP = "your own text files (UTF-8)"
@@ -92,7 +92,7 @@ def prepare_text(
             left = prepared.num_train - train.num_tokens
             train.append(tokens[:left])
             val.append(tokens[left:])
-        vocabulary.save(prepared.folder / "tokenizer.bin")
+        vocabulary.save(prepared.folder / TOKENIZER_FILE)
     return prepared
 
 
