@@ -61,3 +61,15 @@ def test_threads_are_bounded(cpu):
     for count in (0, -1, 1025, 3_000_000_000):
         with pytest.raises(ValueError, match="set_num_threads"):
             cpu.set_num_threads(count)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_residual_in_place_over_several_slices(cpu, rows):
+    """out may be residual: no bit may depend on it, however many slices of K the sums grow over."""
+    rng = np.random.default_rng(rows)
+    inp, weight, bias, residual = (
+        rng.standard_normal(shape, np.float32) for shape in ((rows, 700), (40, 700), (40,), (rows, 40))
+    )
+    apart = cpu.matmul_forward(inp, weight, bias, residual=residual)
+    together = cpu.matmul_forward(inp, weight, bias, residual=residual, out=residual)
+    assert together is residual and np.array_equal(apart, together)

@@ -15,7 +15,7 @@ cdef int chunk_logits(const float* inp, const float* weight, float* logits, Py_s
     cdef Product p = new_product(rows, V, C)
     p.a, p.lda = inp, C
     p.b, p.ldb = weight, C
-    p.c = logits
+    p.c = p.out = logits
     return gemm(&p)
 
 

@@ -3,9 +3,11 @@
 #     c (m, n)  =  a (m, k) . b (k, n)          and, per element, in the same pass:
 #     + c                                       accumulate
 #     + bias[j]                                 bias
-#     gelu_out = gelu(c) + residual             gelu_out (c then holds the value before GELU)
-#     + residual                                residual, without gelu_out
+#     gelu(...)                                 gelu: c keeps the value before it, out gets the rest
+#     + residual                                residual
 #     * gelu'(dgelu)                            dgelu
+#
+# The sums grow in c, slice by slice; the result goes to out, which is c itself unless something has to be kept apart.
 #
 # As in BLIS (Van Zee & van de Geijn, 2015): a tile of MR x NR sums stays in registers (`tile_product`); it reads a
 # panel of MR rows of a and one of NR columns of b, both "by k": element (i, k) at k * width + i. Panels of KC deep
@@ -33,12 +35,13 @@ cdef struct Product:
     const float* b          # (k, n) at b[j * ldb + k], or at b[k * ldb + j] where b_by_k
     Py_ssize_t ldb
     bint b_by_k
-    float* c                # (m, n), rows `ldc` apart, like residual, gelu_out and dgelu
+    float* c                # (m, n), rows `ldc` apart, like out, residual and dgelu
+    float* out
     Py_ssize_t ldc
     bint accumulate
-    const float* bias       # the rest may be NULL
+    bint gelu
+    const float* bias       # these may be NULL
     const float* residual
-    float* gelu_out
     const float* dgelu
 
 
@@ -123,14 +126,14 @@ cdef inline void finish(const Product* p, Py_ssize_t i, Py_ssize_t j, Py_ssize_t
         x = load_some(p.c + at + s, n)
         if p.bias != NULL:
             x = vadd(x, load_some(p.bias + j + s, n))
-        if p.gelu_out != NULL:
+        if p.gelu:
             store_some(p.c + at + s, x, n)
             x = gelu(x)
         if p.residual != NULL:
             x = vadd(x, load_some(p.residual + at + s, n))
         if p.dgelu != NULL:
             x = vmul(x, gelu_slope(load_some(p.dgelu + at + s, n)))
-        store_some((p.gelu_out if p.gelu_out != NULL else p.c) + at + s, x, n)
+        store_some(p.out + at + s, x, n)
         s += W
 
 
@@ -170,7 +173,7 @@ cdef void multiply_item(const Product* p, const Slice* s, Py_ssize_t item) noexc
     cdef Py_ssize_t j_stop = smaller(s.columns, panels * (group + 1) // s.groups * NR)
     cdef Py_ssize_t i, i_stop = smaller(s.rows, (block + 1) * s.mc), r, mr, nr, n
     cdef bint add = p.accumulate or s.k0 > 0, last = s.k0 + s.depth == p.k
-    cdef bint epilogue = last and (p.bias != NULL or p.residual != NULL or p.gelu_out != NULL or p.dgelu != NULL)
+    cdef bint epilogue = last and (p.out != p.c or p.bias != NULL or p.residual != NULL or p.dgelu != NULL)
     cdef float* c
     while j < j_stop:
         nr = smaller(NR, s.columns - j)

@@ -61,14 +61,15 @@ def matmul_forward(inp, weight, bias=None, *, residual=None, gelu=False, pre_gel
     p.b = arrays.inp("weight", weight, (weight_shape[0], inp_shape[-1]))
     p.bias = arrays.inp("bias", bias, (weight_shape[0],)) if bias is not None else NULL
     p.residual = arrays.inp("residual", residual, shape) if residual is not None else NULL
-    p.c = arrays.out("out", out, shape, ("residual",))
+    p.c = p.out = arrays.out("out", out, shape, ("residual",))
+    p.gelu = with_gelu
     if with_gelu:
-        p.gelu_out = p.c
         p.c = arrays.out("pre_gelu", pre_gelu, shape)
-    elif p.residual == p.c:
-        p.accumulate = True     # the residual lies where the sums go: they start from it
-        p.residual = NULL
     arrays.done()
+    cdef Scratch sums
+    if p.residual == p.c:
+        sums = Scratch(product(shape))      # the residual lies where the sums would grow
+        p.c = sums.floats()
     p.lda = p.ldb = p.k
     gemm(&p)
     return (out, pre_gelu) if with_gelu else out
@@ -118,7 +119,7 @@ cdef int matmul_dinp(const float* dout, const float* weight, float* dinp, Py_ssi
     cdef Product p = new_product(m, channels, oc)
     p.a, p.lda = dout, oc
     p.b, p.ldb, p.b_by_k = weight, channels, True
-    p.c = dinp
+    p.c = p.out = dinp
     p.dgelu = pre_gelu
     return gemm(&p)
 
@@ -129,6 +130,6 @@ cdef int matmul_dweight(const float* dout, const float* inp, float* dweight, Py_
     cdef Product p = new_product(oc, channels, m)
     p.a, p.lda, p.a_by_k = dout, oc, True
     p.b, p.ldb, p.b_by_k = inp, channels, True
-    p.c = dweight
+    p.c = p.out = dweight
     p.accumulate = accumulate
     return gemm(&p)
