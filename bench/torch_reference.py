@@ -5,8 +5,11 @@
     python bench/torch_reference.py --init d12 --output out/torch    and writes the files that pyllmc and llm.c read
 
 It starts from pyllmc's initial weights (or a model .bin), steps with torch's AdamW, and writes the model before
-training as float32 and bfloat16, the debug state of the first batch (inputs, targets, logits, loss, gradients) and the
-tokenizer. Needs torch, and nothing else that pyllmc does not need. The parity tests import it.
+training as float32 and bfloat16, the debug state of the first batch (inputs, targets, logits, loss, gradients, and the
+losses and norms of ten steps on it, see pyllmc/checkpoint.py) and the tokenizer. The debug state is computed in
+float64: from initial weights, ten steps let PyTorch's float32 drift 7e-6 in the loss and 1.3e-5 in the norm, more than
+pyllmc's, and `python -m pyllmc.verify`, which compares a build of pyllmc with these files, would measure PyTorch's.
+Needs torch, and nothing else that pyllmc does not need. The parity tests import it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ from pyllmc import checkpoint, cli
 from pyllmc.config import GPT2Config
 from pyllmc.model import initial_parameters
 from pyllmc.tensors import TENSORS, views
-from pyllmc.tokenizer import CharTokenizer, Tokenizer
+from pyllmc.tokenfile import read_shard
+from pyllmc.tokenizer import CharTokenizer, Tokenizer, find_tokenizer
+
+# What train_gpt2.py of llm.c calls the sizes of GPT-2 where it writes trained weights.
+SIZE_NAMES = {"d12": "124M", "d24": "355M", "d36": "774M", "d48": "1558M"}
+DEBUG_STEPS = 10
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
@@ -153,13 +161,20 @@ def flat_gradients(model: nn.Module, config: GPT2Config, transposed: bool = Fals
     return flat
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, beta2: float, weight_decay: float, eps: float = 1e-8):
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+):
     """torch's AdamW; matrices and embeddings are decayed."""
     groups = [
         {"params": [p for p in model.parameters() if (p.dim() >= 2) == decayed], "weight_decay": decay}
         for decayed, decay in ((True, weight_decay), (False, 0.0))
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=eps)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -195,34 +210,41 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_tokens(args: argparse.Namespace) -> tuple[np.ndarray, Tokenizer | None]:
-    """All tokens, and the tokenizer they are of, if it is known."""
-    if args.tokens:
-        from pyllmc.dataloader import DataLoader
+def load_init(init: str) -> tuple[GPT2Config, np.ndarray | None, Tokenizer]:
+    """What --init names: the configuration, the flat parameters of a file, and the tokenizer."""
+    if init.endswith(".bin"):
+        config, flat = checkpoint.read_model(init)
+        return config, flat, find_tokenizer([Path(init).parent], config.vocab_size)
+    config = GPT2Config.from_descriptor(init)
+    return config, None, find_tokenizer([], config.vocab_size)
 
-        # The loader checks the file; one batch of the whole file is all its tokens but the tail.
-        count = DataLoader(args.tokens, 1, 1).num_tokens
-        inputs, targets = DataLoader(args.tokens, 1, count - 1).next_batch()
-        tokens = np.append(inputs[0], targets[0, -1])
-        return tokens, Tokenizer.load(args.tokenizer) if args.tokenizer else None
+
+def load_tokens(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[np.ndarray, Tokenizer | None]:
+    """All tokens, and the tokenizer they are of, if it is known; text without one becomes characters."""
+    if args.tokens:
+        tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else tokenizer
+        shard = read_shard(args.tokens)
+        with shard.open() as file:
+            (tokens,) = shard.read(file, [0], shard.num_tokens, tokenizer.vocab_size if tokenizer else None)
+        return tokens.astype(np.int32), tokenizer
     if args.text:
         text = args.text.read_text(encoding="utf-8")
     else:
         text = resources.files("pyllmc").joinpath("assets/shakespeare.txt").read_text(encoding="utf-8")
-    tokenizer = CharTokenizer.from_text(text)
+    tokenizer = tokenizer or CharTokenizer.from_text(text)
     return tokenizer.encode(text).astype(np.int32), tokenizer
 
 
-def load_model(args: argparse.Namespace, tokens: np.ndarray, tokenizer: Tokenizer | None):
-    """The configuration and the flat parameters that the arguments ask for."""
-    if args.init and args.init.endswith(".bin"):
-        return checkpoint.read_model(args.init)
-    if args.init:
-        config = GPT2Config.from_descriptor(args.init)
-    else:
+def load(args: argparse.Namespace) -> tuple[GPT2Config, np.ndarray, np.ndarray, Tokenizer | None]:
+    """The configuration, the flat parameters, the tokens and their tokenizer that the arguments ask for."""
+    config, flat, tokenizer = load_init(args.init) if args.init else (None, None, None)
+    tokens, tokenizer = load_tokens(args, tokenizer)
+    if config is None:
         vocab_size = tokenizer.vocab_size if tokenizer else int(tokens.max()) + 1
         config = GPT2Config(args.layers, args.heads, args.channels, vocab_size, args.context)
-    return config, initial_parameters(config, args.seed)
+    if flat is None:
+        flat = initial_parameters(config, args.seed)
+    return config, flat, tokens, tokenizer
 
 
 def batches(tokens: np.ndarray, B: int, T: int, same: bool):
@@ -237,21 +259,51 @@ def batches(tokens: np.ndarray, B: int, T: int, same: bool):
         start += 0 if same else count
 
 
-def write_files(args, model: TorchGPT2, flat: np.ndarray, tokenizer: Tokenizer | None, inputs, targets) -> None:
-    """The files that another program needs to do the same first step, named as llm.c names them."""
-    config = model.config
-    stem = f"gpt2_{args.init}" if args.init and not args.init.endswith(".bin") else "gpt2"
-    args.output.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_model(args.output / f"{stem}.bin", config, flat, "float32")
-    checkpoint.write_model(args.output / f"{stem}_bf16.bin", config, flat, "bfloat16")
-    logits, loss = model(inputs, targets)
-    model.zero_grad()
-    loss.backward()
-    state = checkpoint.DebugState(
-        inputs.numpy(), targets.numpy(), logits.detach().numpy(), loss.item(), flat_gradients(model, config)
+def stem(init: str | None, config: GPT2Config) -> str:
+    """How the names of the files begin, as train_gpt2.py of llm.c has it: gpt2_d12 starts, gpt2_124M is trained."""
+    if init and not init.endswith(".bin"):
+        return f"gpt2_{init.rpartition(':')[2]}"
+    for descriptor, size in SIZE_NAMES.items():
+        if init and config == GPT2Config.from_descriptor(descriptor):
+            return f"gpt2_{size}"
+    return "gpt2"
+
+
+def debug_state(config: GPT2Config, flat: np.ndarray, inputs, targets) -> checkpoint.DebugState:
+    """What float64 makes of one batch: logits, loss, gradients, and the losses and norms of DEBUG_STEPS steps."""
+    model = TorchGPT2(config, flat).double()
+    optimizer = make_optimizer(model, **checkpoint.DEBUG_ADAMW)
+    losses, norms = [], []
+    for step in range(DEBUG_STEPS):
+        optimizer.zero_grad()
+        logits, loss = model(inputs, targets)
+        loss.backward()
+        if step == 0:
+            first = logits.detach().float().numpy(), loss.item(), flat_gradients(model, config)
+        # Not torch's clip_grad_norm_, which adds 1e-6 to the norm.
+        norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
+        if norm > checkpoint.DEBUG_MAX_NORM:
+            for parameter in model.parameters():
+                parameter.grad *= checkpoint.DEBUG_MAX_NORM / norm
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm)
+    return checkpoint.DebugState(
+        inputs.numpy(), targets.numpy(), *first, np.array(losses, np.float32), np.array(norms, np.float32)
     )
-    checkpoint.write_debug_state(args.output / f"{stem}_debug_state.bin", config, state)
-    print(f"wrote {stem}.bin, {stem}_bf16.bin and {stem}_debug_state.bin in {args.output}")
+
+
+def write_files(args, config: GPT2Config, flat: np.ndarray, tokenizer: Tokenizer | None, inputs, targets) -> None:
+    """The files that another program needs to do the same first steps."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.init and Path(args.init).exists() and args.output.samefile(Path(args.init).parent):
+        raise ValueError(f"--output {args.output}: {args.init} is in it and may be written over; take another folder")
+    name = stem(args.init, config)
+    checkpoint.write_model(args.output / f"{name}.bin", config, flat, "float32")
+    checkpoint.write_model(args.output / f"{name}_bf16.bin", config, flat, "bfloat16")
+    state = debug_state(config, flat, inputs, targets)
+    checkpoint.write_debug_state(args.output / f"{name}_debug_state.bin", config, state)
+    print(f"wrote {name}.bin, {name}_bf16.bin and {name}_debug_state.bin in {args.output}")
     if tokenizer is not None and tokenizer.vocab_size == config.vocab_size:
         tokenizer.save(args.output / "gpt2_tokenizer.bin")
         print("wrote gpt2_tokenizer.bin")
@@ -262,8 +314,7 @@ def main(argv=None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokens, tokenizer = load_tokens(args)
-    config, flat = load_model(args, tokens, tokenizer)
+    config, flat, tokens, tokenizer = load(args)
     B, T = args.batch_size, args.seq_len
     if T > config.max_seq_len:
         raise ValueError(f"--seq-len {T} is more than the model's context of {config.max_seq_len}")
@@ -271,14 +322,14 @@ def main(argv=None) -> None:
         raise ValueError(f"a batch of {B} x {T} tokens needs {B * T + 1}, the data has {len(tokens)}")
     if tokens.max() >= config.vocab_size:
         raise ValueError(f"the data has token {tokens.max()}, the model's vocabulary is {config.vocab_size}")
-    model = TorchGPT2(config, flat)
     source = batches(tokens, B, T, args.same_batch)
     threads = torch.get_num_threads()
     print(f"{config}: {config.num_parameters:,} parameters, {threads} threads, torch {torch.__version__}")
     if args.output:
-        write_files(args, model, flat, tokenizer, *next(batches(tokens, B, T, same=True)))
+        write_files(args, config, flat, tokenizer, *next(batches(tokens, B, T, same=True)))
 
-    optimizer = make_optimizer(model, args.learning_rate, args.beta2, args.weight_decay)
+    model = TorchGPT2(config, flat)
+    optimizer = make_optimizer(model, args.learning_rate, beta2=args.beta2, weight_decay=args.weight_decay)
     norm_limit = args.clip or math.inf
     times = []
     for step in range(1, args.steps + 1):

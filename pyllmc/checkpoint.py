@@ -5,8 +5,9 @@ gaps: the parameters in the order of tensors.TENSORS, each over all layers.
 
     model .bin       0 magic 20240326, 1 version, 2 maxT, 3 V, 4 L, 5 NH, 6 C, 7 Vp (not in version 1)
                      version 1: float32, wte has V rows; 3: float32, Vp rows; 5: bfloat16, Vp rows
-    debug state      0 magic 20240327, 1 version, 2 B, 3 T; then inputs and targets int32 (B,T), logits float32 (B,T,V),
-                     the loss, the gradients float32 (version 1: V rows of wte; 2: Vp rows)
+    debug state      0 magic 20240327, 1 version, 2 B, 3 T, 4 steps n (0 in llm.c's); then inputs and targets int32
+                     (B,T), logits float32 (B,T,V), the loss, the gradients float32 (version 1: V rows of wte; 2:
+                     Vp rows), n losses, n norms float32
     training state   0 magic 20240527, 1 version 1, 2 processes, 3 rank, 4 masters?, 5 shuffled?, 10 step, 20-21 and
                      22-23 uint64 random states, 30-31 shard, 32-33 sample; then m, v, masters float32; if shuffled:
                      uint64 S, int32 (S) order of the shards, uint64 K, int32 (K) order of the samples, 2520 bytes
@@ -15,7 +16,7 @@ gaps: the parameters in the order of tensors.TENSORS, each over all layers.
 A checkpoint is model_%08d.bin, state_%08d_00000.bin and, written last, DONE_%08d with their sizes and SHA-256 in JSON
 (llm.c's is empty). Every number of a header is checked against the size of its file before anything is allocated.
 
-Called by model.py, train.py and generate.py; calls config.py, tensors.py, files.py and hardware.py.
+Called by model.py, train.py, generate.py and verify.py; calls config.py, tensors.py, files.py and hardware.py.
 """
 
 from __future__ import annotations
@@ -33,20 +34,12 @@ from typing import BinaryIO
 import numpy as np
 
 from .config import GPT2Config
-from .files import atomic_write, file_size, open_regular, read_exact, read_into, sha256_of
+from .files import KINDS_BY_MAGIC, atomic_write, file_size, open_regular, read_exact, read_into, sha256_of
 from .hardware import require_memory
 from .rng import MT_STRUCT
 from .tensors import FLOAT_BYTES, num_elements, tensor_shapes
 
 SLOTS = struct.Struct("<256i")
-KINDS = {
-    20240326: "a model",
-    20240327: "a debug state",
-    20240328: "a tokenizer",
-    20240520: "a token file",
-    20240522: "an evaluation file",
-    20240527: "a training state",
-}
 MODEL_MAGIC, DEBUG_MAGIC, STATE_MAGIC = 20240326, 20240327, 20240527
 
 # version -> bytes per number
@@ -55,6 +48,11 @@ DTYPE_VERSIONS = {"float32": 3, "bfloat16": 5}
 
 # llm.c seeds the generator of its stochastic rounding with this; the CPU never draws from it.
 ROUNDING_SEED = 13371337
+
+# The steps of AdamW whose losses and norms a debug state holds: the values of llm.c's test on a GPU.
+DEBUG_ADAMW = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+DEBUG_MAX_NORM = 1.0
+DEBUG_MAX_STEPS = 10_000
 
 # Numbers are converted in pieces of this many.
 CHUNK = 1 << 20
@@ -66,8 +64,8 @@ CHUNK = 1 << 20
 def _read_slots(file: BinaryIO, magic: int) -> tuple[int, ...]:
     slots = SLOTS.unpack(read_exact(file, SLOTS.size, "the header"))
     if slots[0] != magic:
-        found = KINDS.get(slots[0], f"no file of this family (first number {slots[0]}, expected {magic})")
-        raise ValueError(f"{file.name}: not {KINDS[magic]} but {found}")
+        found = KINDS_BY_MAGIC.get(slots[0], f"no file of this family (first number {slots[0]}, expected {magic})")
+        raise ValueError(f"{file.name}: not {KINDS_BY_MAGIC[magic]} but {found}")
     return slots
 
 
@@ -96,8 +94,8 @@ def _write_floats(file: BinaryIO, array: np.ndarray, itemsize: int) -> None:
     if itemsize == 4:
         file.write(memoryview(array).cast("B"))
         return
-    for start in range(0, array.size, CHUNK):
-        file.write(memoryview(to_bfloat16(array[start : start + CHUNK])).cast("B"))
+    pieces = (array[start : start + CHUNK] for start in range(0, array.size, CHUNK))
+    file.writelines(memoryview(to_bfloat16(piece)).cast("B") for piece in pieces)
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -195,51 +193,84 @@ def write_model(path: str | os.PathLike, config: GPT2Config, flat: np.ndarray, d
 # ---- debug states ----------------------------------------------------------------------------------------------------
 
 
+def _no_steps() -> np.ndarray:
+    return np.empty(0, np.float32)
+
+
 @dataclass
 class DebugState:
-    """One batch and what a reference made of it: inputs, targets int32 (B,T), logits (B,T,V), loss, flat gradients."""
+    """One batch and what a reference made of it: inputs, targets int32 (B,T), logits (B,T,V), loss, flat gradients.
+
+    losses, norms: float32 (n,), the loss before each of n steps of AdamW on this batch, as DEBUG_ADAMW has them, and
+    the norm of its gradients before they are clipped to DEBUG_MAX_NORM. llm.c's files have none.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
     logits: np.ndarray
     loss: float
     grads: np.ndarray
+    losses: np.ndarray = field(default_factory=_no_steps)
+    norms: np.ndarray = field(default_factory=_no_steps)
 
 
 def read_debug_state(path: str | os.PathLike, config: GPT2Config) -> DebugState:
     """A debug state, version 1 or 2, of a model of this geometry."""
     with open_regular(path) as file:
-        _, version, B, T = _read_slots(file, DEBUG_MAGIC)[:4]
+        _, version, B, T, steps = _read_slots(file, DEBUG_MAGIC)[:5]
         if version not in (1, 2):
             raise ValueError(f"{file.name}: version {version} of the debug state cannot be read, only 1 and 2")
         if B < 1 or not 1 <= T <= config.max_seq_len:
             raise ValueError(f"{file.name}: a batch of {B} x {T} tokens does not fit a model of {config.max_seq_len}")
+        if not 0 <= steps <= DEBUG_MAX_STEPS:
+            raise ValueError(f"{file.name}: losses of {steps} steps, expected 0 to {DEBUG_MAX_STEPS}; it is damaged")
         rows = config.vocab_size if version == 1 else config.padded_vocab_size
-        numbers = 2 * B * T + B * T * config.vocab_size + 1 + num_elements(tensor_shapes(config, rows))
-        _check_size(file, SLOTS.size + 4 * numbers, f"a batch of {B} x {T} tokens and this model")
+        numbers = B * T * (2 + config.vocab_size) + 1 + num_elements(tensor_shapes(config, rows)) + 2 * steps
+        expected, found = SLOTS.size + 4 * numbers, file_size(file)
+        if found != expected:
+            raise ValueError(
+                f"{file.name}: {found} bytes found, {expected} expected for {B} x {T} tokens, {steps} steps and "
+                f"{config}; it is of another model, or damaged"
+            )
         require_memory(4 * numbers, f"{file.name}: a debug state")
         inputs, targets = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
         logits, loss = np.empty((B, T, config.vocab_size), np.float32), np.empty(1, np.float32)
         for array in (inputs, targets, logits, loss):
             read_into(file, array, "its numbers")
-        return DebugState(inputs, targets, logits, float(loss[0]), _read_parameters(file, config, rows, 4))
+        for name, tokens, lowest in (("inputs", inputs, 0), ("targets", targets, -1)):
+            if tokens.min() < lowest or tokens.max() >= config.vocab_size:
+                raise ValueError(
+                    f"{file.name}: {name} from {tokens.min()} to {tokens.max()} do not fit a vocabulary of "
+                    f"{config.vocab_size}; it is of another model, or damaged"
+                )
+        grads = _read_parameters(file, config, rows, 4)
+        losses, norms = np.empty((2, steps), np.float32)
+        if steps:
+            read_into(file, losses, "the losses")
+            read_into(file, norms, "the norms")
+        return DebugState(inputs, targets, logits, float(loss[0]), grads, losses, norms)
 
 
 def write_debug_state(path: str | os.PathLike, config: GPT2Config, state: DebugState) -> None:
     """Writes a debug state as version 2."""
     B, T = state.inputs.shape
+    steps = len(state.losses)
+    if steps > DEBUG_MAX_STEPS:
+        raise ValueError(f"write_debug_state: {steps} steps, at most {DEBUG_MAX_STEPS} are expected")
     grads = _host_floats(state.grads, config.num_parameters_padded, "write_debug_state: the gradients")
     with atomic_write(path) as file:
-        file.write(SLOTS.pack(DEBUG_MAGIC, 2, B, T, *[0] * 252))
-        for array, shape, dtype in (
-            (state.inputs, (B, T), np.int32),
-            (state.targets, (B, T), np.int32),
-            (state.logits, (B, T, config.vocab_size), np.float32),
-            (state.loss, (), np.float32),
-        ):
-            array = np.ascontiguousarray(array, dtype=dtype).reshape(shape)
-            file.write(array.tobytes())
+        file.write(SLOTS.pack(DEBUG_MAGIC, 2, B, T, steps, *[0] * 251))
+        _write_array(file, state.inputs, (B, T), np.int32)
+        _write_array(file, state.targets, (B, T), np.int32)
+        _write_array(file, state.logits, (B, T, config.vocab_size), np.float32)
+        _write_array(file, state.loss, (), np.float32)
         _write_parameters(file, config, grads, 4)
+        _write_array(file, state.losses, (steps,), np.float32)
+        _write_array(file, state.norms, (steps,), np.float32)
+
+
+def _write_array(file: BinaryIO, array, shape: tuple[int, ...], dtype) -> None:
+    file.write(np.ascontiguousarray(array, dtype=dtype).reshape(shape).tobytes())
 
 
 # ---- training states -------------------------------------------------------------------------------------------------
@@ -419,6 +450,9 @@ def load_checkpoint(checkpoint: Checkpoint, optimizer, loader=None) -> dict:
             loader.load_state_dict(state.loader)
         except ValueError as error:
             raise ValueError(f"{checkpoint.state_path}: {error}") from None
+    if state.masters is not None:
+        # What llm.c trained in bfloat16 goes on from its float32 masters.
+        optimizer.model.flat_params[:] = optimizer.model.ops.from_host(state.masters)
     optimizer.load_state(state.step, state.m, state.v)
     return checkpoint.extra
 

@@ -1,9 +1,8 @@
 """What the programs of pyllmc share at their edge: how they end, and how they read numbers from the command line.
 
-Every program (`train`, `generate`, `datasets`, `plot`, `python -m pyllmc`, and in the repository the scripts
-data/make_shakespeare.py, bench/torch_reference.py) builds an `ArgumentParser` from here and ends in `run_main(main)`.
-Errors that a user can cause are ValueError and OSError everywhere below; this is the one place that turns them into
-one line and an exit code:
+Every program (`python -m pyllmc` lists them; in the repository also the scripts below data/ and bench/) builds an
+`ArgumentParser` from here and ends in `run_main(main)`. Errors that a user can cause are ValueError and OSError
+everywhere below; this is the one place that turns them into one line and an exit code:
 
     0    done
     1    the input, a file, the memory or the installation does not allow it: `error: ...` on stderr

@@ -1,12 +1,5 @@
 """Token files to batches, in the order in which llm.c's DataLoader gives them.
 
-    offset   type      token file (little endian)
-    0        int32     magic 20240520
-    4        int32     version 1
-    8        int32     number of tokens n
-    12       int32     zeros up to byte 1024
-    1024     uint16    n tokens; the file ends there
-
 A sample is world_size * B * T consecutive tokens of one shard (file); rank r reads B * T + 1 of them from r * B * T on,
 and the targets are the inputs one token later. The tail of a shard that fills no sample is left out. Shuffling draws
 the order of the shards anew at every epoch and the order of the samples anew at every shard, from MT19937.
@@ -14,35 +7,32 @@ the order of the shards anew at every epoch and the order of the samples anew at
 So the B rows of a batch are neighbours in the text, and a small batch sees little of its variety. With scatter_rows
 every row is a sample of its own, drawn as llm.c draws the batches of B = 1: a batch is B of those.
 
-Called by train.py; the files come from `pyllmc.datasets` or from llm.c. Files are read with pread, not mapped, so that
-one that shrinks meanwhile is an error and not a crash.
+Called by train.py; the files, made by `pyllmc.datasets` or llm.c, are read by tokenfile.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import operator
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from . import rng
-from .files import file_size, open_regular
-
-MAGIC = 20240520
-VERSION = 1
-HEADER_BYTES = 1024
-TOKEN = np.dtype("<u2")
+from .tokenfile import Shard, read_shard
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One token file and how many tokens it holds."""
+class Position(NamedTuple):
+    """The sample that comes next, and all that decides which ones follow it. Never changed, only replaced."""
 
-    path: str
-    num_tokens: int
+    shard: int  # index into shard_order
+    sample: int  # index into sample_order; where it is one too many, the next shard is yet to begin
+    shard_order: np.ndarray  # int32 (number of shards,)
+    sample_order: np.ndarray | None  # int32 (samples in this shard,); None if not shuffled
+    generator: bytes  # llm.c's struct of the MT19937 state
 
 
 class DataLoader:
@@ -51,13 +41,15 @@ class DataLoader:
     pattern      path of one token file, or a glob pattern; the shards are taken in the order of their names
     B, T         int, batch size and sequence length
     shuffle      as described above; otherwise everything in its order
-    scatter_rows as described above; otherwise the rows of a batch follow one another, as llm.c's do
     seed         int, of the shuffling; rank r uses seed + r, so each rank has an order of its own
     rank         int in [0, world_size), which slice of every sample is ours
+    scatter_rows as described above; otherwise the rows of a batch follow one another, as llm.c's do
     vocab_size   int or None; with it, a token >= vocab_size is a ValueError with file and position
+    format       of the files, see tokenfile.py; "auto" is what they say they are
+    prefetch     ask the system, at each batch, to have the next one in memory when it is wanted; changes no result
 
     Raises OSError (FileNotFoundError if nothing matches) or ValueError, naming the file, for files that cannot be used:
-    wrong header or size, or fewer than world_size * B * T + 1 tokens.
+    wrong header or size, different formats, or fewer than world_size * B * T + 1 tokens.
     """
 
     def __init__(
@@ -65,33 +57,45 @@ class DataLoader:
         pattern: str | os.PathLike,
         B: int,
         T: int,
-        *,
         shuffle: bool = False,
-        scatter_rows: bool = False,
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
+        *,
+        scatter_rows: bool = False,
         vocab_size: int | None = None,
+        format: str = "auto",
+        prefetch: bool = True,
     ) -> None:
         self._file = None
         self.B, self.T = _at_least(1, B, "B"), _at_least(1, T, "T")
         self.world_size, self.rank = _at_least(1, world_size, "world_size"), _at_least(0, rank, "rank")
         if self.rank >= self.world_size:
             raise ValueError(f"DataLoader: rank must be in [0, {self.world_size}), got {self.rank}")
-        self.shuffle = bool(shuffle)
+        self.vocab_size = None if vocab_size is None else _at_least(1, vocab_size, "vocab_size")
+        self.shuffle, self.prefetch = bool(shuffle), bool(prefetch) and hasattr(os, "posix_fadvise")
         self._sample_rows = 1 if scatter_rows else self.B
-        self.vocab_size = vocab_size
-        self.shards = [Shard(path, _read_num_tokens(path)) for path in _matching(pattern)]
+        self._sample_tokens = self.world_size * self._sample_rows * self.T
+        self.shards = [read_shard(path, format) for path in _matching(pattern)]
         for shard in self.shards:
-            if shard.num_tokens <= self._sample_tokens:
-                raise ValueError(
-                    f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self._sample_rows} x {self.T} "
-                    f"tokens{f' in {self.world_size} processes' if self.world_size > 1 else ''} needs at least "
-                    f"{self._sample_tokens + 1}; use more text, a smaller batch or a shorter context"
-                )
-        self._generator = rng.TorchGenerator(seed + self.rank)
-        self._shard_order = np.arange(len(self.shards), dtype=np.int32)
-        self.reset()
+            self._check_shard(shard)
+        self._num_samples = [(shard.num_tokens - 1) // self._sample_tokens for shard in self.shards]
+        generator = rng.TorchGenerator(seed + self.rank).to_bytes()
+        self._go_to(self._begin_epoch(np.arange(len(self.shards), dtype=np.int32), generator))
+
+    def _check_shard(self, shard: Shard) -> None:
+        first = self.shards[0]
+        if shard.format != first.format:
+            raise ValueError(
+                f"{shard.path}: its tokens are {shard.format}, those of {first.path} are {first.format}; make both "
+                "anew in one format"
+            )
+        if shard.num_tokens <= self._sample_tokens:
+            raise ValueError(
+                f"{shard.path}: {shard.num_tokens} tokens are too few: a batch of {self._sample_rows} x {self.T} "
+                f"tokens{f' in {self.world_size} processes' if self.world_size > 1 else ''} needs at least "
+                f"{self._sample_tokens + 1}; use more text, a smaller batch or a shorter context"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -101,79 +105,83 @@ class DataLoader:
     @property
     def num_batches(self) -> int:
         """Batches in one epoch."""
-        return sum(self._num_samples(shard) for shard in self.shards) * self._sample_rows // self.B
+        return sum(self._num_samples) * self._sample_rows // self.B
 
-    @property
-    def _sample_tokens(self) -> int:
-        return self.world_size * self._sample_rows * self.T
+    # ---- order: positions are computed, nothing is read --------------------------------------------------------------
 
-    def _num_samples(self, shard: Shard) -> int:
-        return (shard.num_tokens - 1) // self._sample_tokens
+    def _begin_epoch(self, shard_order: np.ndarray, generator: bytes) -> Position:
+        """The first shard; llm.c shuffles the order of shards that the epoch before has left."""
+        if self.shuffle:
+            draws = rng.TorchGenerator.from_bytes(generator)
+            shard_order = shard_order.copy()
+            rng.shuffle(shard_order, draws)
+            generator = draws.to_bytes()
+        return self._begin_shard(0, shard_order, generator)
+
+    def _begin_shard(self, index: int, shard_order: np.ndarray, generator: bytes) -> Position:
+        if not self.shuffle:
+            return Position(index, 0, shard_order, None, generator)
+        draws = rng.TorchGenerator.from_bytes(generator)
+        sample_order = rng.random_permutation(self._num_samples[shard_order[index]], draws)
+        return Position(index, 0, shard_order, sample_order, draws.to_bytes())
+
+    def _plan(self, position: Position) -> tuple[list[tuple[Shard, list[int]]], Position]:
+        """The samples of the batch at `position`, as shards and first tokens of samples in each, and what follows."""
+        runs, left = [], self.B // self._sample_rows
+        own = self.rank * self._sample_rows * self.T
+        while left:
+            shard = position.shard_order[position.shard]
+            first, last = position.sample, min(position.sample + left, self._num_samples[shard])
+            if first < last:
+                order = position.sample_order
+                samples = range(first, last) if order is None else order[first:last].tolist()
+                runs.append((self.shards[shard], [sample * self._sample_tokens + own for sample in samples]))
+                position, left = position._replace(sample=last), left - (last - first)
+            elif position.shard + 1 < len(self.shards):
+                position = self._begin_shard(position.shard + 1, position.shard_order, position.generator)
+            else:
+                position = self._begin_epoch(position.shard_order, position.generator)
+        return runs, position
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    def _go_to(self, position: Position) -> None:
+        self._position, self._planned = position, None
 
     def reset(self) -> None:
         """Begin an epoch: the first shard, in a new order of shards if they are shuffled."""
-        if self.shuffle:
-            # llm.c shuffles the order that the epoch before has left.
-            rng.shuffle(self._shard_order, self._generator)
-        self._begin_shard(0)
-
-    def _begin_shard(self, index: int) -> None:
-        self._open_shard(index)
-        samples = self._num_samples(self._shard)
-        self._sample = 0
-        self._sample_order = rng.random_permutation(samples, self._generator) if self.shuffle else None
-
-    def _open_shard(self, index: int) -> None:
-        """Make the index-th shard of this epoch's order the current one."""
-        shard = self.shards[self._shard_order[index]]
-        self.close()
-        self._file = open_regular(shard.path)
-        self._shard_index, self._shard = index, shard
+        self._go_to(self._begin_epoch(self._position.shard_order, self._position.generator))
 
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next inputs and targets, int32 (B, T), fresh arrays. After the last sample the next epoch begins."""
+        """The next inputs and targets, int32 (B, T), fresh arrays. After the last sample the next epoch begins.
+
+        Raises OSError or ValueError, naming the file, if it cannot be read, was changed since the loader was made, or
+        holds what is no token; the position then stays where it is.
+        """
+        runs, following = self._planned or self._plan(self._position)
         inputs = np.empty((self.B, self.T), np.int32)
         targets = np.empty((self.B, self.T), np.int32)
-        for row in range(0, self.B, self._sample_rows):
-            tokens = self._next_sample()
-            inputs[row : row + self._sample_rows] = tokens[:-1].reshape(-1, self.T)
-            targets[row : row + self._sample_rows] = tokens[1:].reshape(-1, self.T)
+        row = 0
+        for shard, starts in runs:
+            tokens = shard.read(self._open(shard), starts, self._sample_rows * self.T + 1, self.vocab_size)
+            rows = slice(row, row := row + len(starts) * self._sample_rows)
+            inputs[rows] = tokens[:, :-1].reshape(-1, self.T)
+            targets[rows] = tokens[:, 1:].reshape(-1, self.T)
+        self._go_to(following)
+        if self.prefetch:
+            self._planned = self._plan(following)
+            # What is wrong with the next batch shows when it is read.
+            with contextlib.suppress(OSError, ValueError):
+                for shard, starts in self._planned[0]:
+                    shard.expect(self._open(shard), starts, self._sample_rows * self.T + 1)
         return inputs, targets
 
-    def _next_sample(self) -> np.ndarray:
-        """This rank's tokens of the next sample, and the one that follows them."""
-        if self._sample >= self._num_samples(self._shard):
-            if self._shard_index + 1 < len(self.shards):
-                self._begin_shard(self._shard_index + 1)
-            else:
-                self.reset()
-        sample = self._sample if self._sample_order is None else int(self._sample_order[self._sample])
-        count = self._sample_rows * self.T
-        tokens = self._read(sample * self._sample_tokens + self.rank * count, count + 1)
-        self._sample += 1
-        return tokens
-
-    def _read(self, position: int, count: int) -> np.ndarray:
-        """`count` tokens of the current shard from `position` on, uint16."""
-        wanted = count * TOKEN.itemsize
-        offset = HEADER_BYTES + position * TOKEN.itemsize
-        data = os.pread(self._file.fileno(), wanted, offset)
-        while len(data) < wanted:
-            more = os.pread(self._file.fileno(), wanted - len(data), offset + len(data))
-            if not more:
-                raise ValueError(
-                    f"{self._shard.path}: ends at byte {offset + len(data)}, before the last of its "
-                    f"{self._shard.num_tokens} tokens; it was changed while in use"
-                )
-            data += more
-        tokens = np.frombuffer(data, TOKEN)
-        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
-            place = int(np.argmax(tokens >= self.vocab_size))
-            raise ValueError(
-                f"{self._shard.path}: token {position + place} is {tokens[place]}, expected less than the vocabulary's "
-                f"{self.vocab_size}: these tokens are not of this model's tokenizer"
-            )
-        return tokens
+    def _open(self, shard: Shard):
+        """The shard's file; the one that was open before is closed."""
+        if self._file is None or self._shard is not shard:
+            self.close()
+            self._file, self._shard = shard.open(), shard
+        return self._file
 
     def state_dict(self) -> dict:
         """The exact position: what `load_state_dict` needs to go on with the batch that would have come next.
@@ -183,13 +191,14 @@ class DataLoader:
         shard_order    int32 (number of shards,), sample_order int32 (samples in this shard,) or None if not shuffled
         generator      bytes, llm.c's struct of the MT19937 state
         """
+        position = self._position
         return {
             "shuffle": self.shuffle,
-            "shard": self._shard_index,
-            "sample": self._sample,
-            "shard_order": self._shard_order.copy(),
-            "sample_order": None if self._sample_order is None else self._sample_order.copy(),
-            "generator": self._generator.to_bytes(),
+            "shard": position.shard,
+            "sample": position.sample,
+            "shard_order": position.shard_order.copy(),
+            "sample_order": None if position.sample_order is None else position.sample_order.copy(),
+            "generator": position.generator,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -202,22 +211,23 @@ class DataLoader:
         shard, sample = operator.index(state["shard"]), operator.index(state["sample"])
         if not 0 <= shard < len(self.shards):
             raise ValueError(f"the saved position is in shard {shard}, expected less than {len(self.shards)}")
-        samples = self._num_samples(self.shards[shard_order[shard]])
+        samples = self._num_samples[shard_order[shard]]
         if not 0 <= sample <= samples:
             raise ValueError(
                 f"the saved position is sample {sample} of its shard, which has {samples}; were the files, the batch "
                 "size and the context the same?"
             )
-        sample_order = _permutation(state["sample_order"], samples, "sample") if self.shuffle else None
-        generator = rng.TorchGenerator.from_bytes(state["generator"]) if self.shuffle else self._generator
-        self._shard_order, self._sample_order, self._generator = shard_order, sample_order, generator
-        self._open_shard(shard)
-        self._sample = sample
+        sample_order, generator = None, self._position.generator
+        if self.shuffle:
+            sample_order = _permutation(state["sample_order"], samples, "sample")
+            generator = rng.TorchGenerator.from_bytes(state["generator"]).to_bytes()
+        self._go_to(Position(shard, sample, shard_order, sample_order, generator))
 
     def close(self) -> None:
-        """Close the current shard's file."""
+        """Close the file that is open; next_batch opens it again."""
         if self._file is not None:
             self._file.close()
+            self._file = None
 
     def __del__(self) -> None:
         self.close()
@@ -248,24 +258,3 @@ def _matching(pattern: str | os.PathLike) -> list[str]:
     if not paths:
         raise FileNotFoundError(f"{pattern}: no such token file; python -m pyllmc.datasets makes them")
     return paths
-
-
-def _read_num_tokens(path: str) -> int:
-    """The number of tokens in the header of a token file, once magic, version and the file's size agree with it."""
-    with open_regular(path) as file:
-        size = file_size(file)
-        data = file.read(HEADER_BYTES)
-    if len(data) < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes are too few for a token file, whose header alone has {HEADER_BYTES}")
-    magic, version, count = (int(field) for field in np.frombuffer(data, "<i4", 3))
-    if magic != MAGIC:
-        raise ValueError(
-            f"{path}: magic is {magic}, expected {MAGIC}: not a token file; python -m pyllmc.datasets makes them"
-        )
-    if version != VERSION:
-        raise ValueError(f"{path}: version is {version}, expected {VERSION}")
-    if count < 0 or size != HEADER_BYTES + count * TOKEN.itemsize:
-        raise ValueError(
-            f"{path}: number of tokens is {count}, expected {(size - HEADER_BYTES) / TOKEN.itemsize:g} in {size} bytes"
-        )
-    return count

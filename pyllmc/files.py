@@ -16,6 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+# The first number of every binary file of this family, and what such a file is: to say what was given for another.
+KINDS_BY_MAGIC = {
+    20240326: "a model",
+    20240327: "a debug state",
+    20240328: "a tokenizer",
+    20240520: "a token file",
+    20240522: "an evaluation file",
+    20240527: "a training state",
+    20240801: "a token file",
+    20240803: "a Llama model",
+}
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:

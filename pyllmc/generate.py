@@ -5,13 +5,18 @@ first, in the order of the ids, at which the cumulative probability exceeds it. 
 are kept (model.decode), so a token costs one position. When the context is full, the last half of it is read again and
 the text goes on from there.
 
-Calls model.py, tokenizer.py, rng.py; the program also checkpoint.py and hardware.py.
+Several samples are decoded together, up to GROUP at a time: the weights, which are most of what a token reads, are then
+read once for all. Each sample has coins of its own, and the same text in any company.
+
+Calls model.py, tokenizer.py, rng.py, hardware.py; the program also checkpoint.py.
 """
 
 from __future__ import annotations
 
 import codecs
 import collections
+import itertools
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from . import checkpoint, cli, hardware
-from .model import GPT2
+from .config import GPT2Config
+from .model import GPT2, DecodeCache
 from .rng import Xorshift64Star
-from .tokenizer import TOKENIZER_FILE, Tokenizer
+from .tensors import FLOAT_BYTES
+from .tokenizer import TokenIds, Tokenizer, find_tokenizer
 
 OUT = Path("out")
-TOKENIZER_NAMES = (TOKENIZER_FILE, "gpt2_tokenizer.bin")
+# Samples decoded together. Products of up to so many rows (FEW_ROWS in _ops/gemm.pxi) are computed row by row, so that
+# a sample's logits have the same bits alone and among others; with more rows they differ in the last place.
+GROUP = 8
 # The control characters that text is made of; the model's others must not reach the terminal.
 KEPT_CONTROLS = "\n\t"
 
@@ -46,16 +55,30 @@ def sample(
     with np.errstate(over="ignore"):  # a tiny temperature: everything but the maximum goes to -inf
         probs = np.exp((logits - logits.max()) / temperature)
     if 0 < top_k < len(probs) or top_p < 1:
-        order = np.argsort(-probs, kind="stable")[: top_k or None]
-        cumulative = np.cumsum(probs[order])
-        count = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1 if top_p < 1 else len(order)
-        kept = np.zeros_like(probs)
-        kept[order[:count]] = probs[order[:count]]
-        probs = kept
+        probs = _likeliest(probs, top_k, top_p)
     cumulative = np.cumsum(probs)
     token = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     # The product may round up to the whole sum.
     return min(token, int(np.flatnonzero(probs)[-1]))
+
+
+def _likeliest(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """probs (V,), which need not sum to 1, with zeros for what top_k and top_p leave out."""
+    by_count = 0 < top_k < len(probs)
+    total = probs.sum()
+    # Sorting a whole vocabulary takes longer than decoding a token. What is below `lowest` cannot be among the
+    # likeliest: all tokens of less than (1 - top_p) / V together do not have the share that may be left out.
+    lowest = np.partition(probs, -top_k)[-top_k] if by_count else (1 - top_p) * total / len(probs)
+    order = np.flatnonzero(probs >= lowest)
+    order = order[np.argsort(-probs[order], kind="stable")]
+    if by_count:
+        order = order[:top_k]
+        total = probs[order].sum()
+    if top_p < 1:
+        order = order[: np.searchsorted(np.cumsum(probs[order]), top_p * total) + 1]
+    kept = np.zeros_like(probs)
+    kept[order] = probs[order]
+    return kept
 
 
 def generate(
@@ -71,7 +94,29 @@ def generate(
     """Continue `tokens` (at least one id below V) by max_new_tokens ids, one after the other.
 
     temperature >= 0, top_k >= 0 (0: all), 0 < top_p <= 1: see `sample`. rng: the coins, by default those of llm.c's
-    seed 1337. Of a prompt longer than max_seq_len the model reads the end. ValueError, at once, for a wrong argument.
+    seed 1337. Of a prompt longer than max_seq_len the model reads the end. ValueError, at once, for a wrong argument;
+    MemoryError if the keys and values do not fit.
+    """
+    rngs = [rng or Xorshift64Star()]
+    drawn = generate_batch(
+        model, tokens, max_new_tokens, rngs, temperature=temperature, top_k=top_k, top_p=top_p
+    )  # fmt: skip
+    return map(operator.itemgetter(0), drawn)
+
+
+def generate_batch(
+    model: GPT2,
+    tokens: Sequence[int],
+    max_new_tokens: int,
+    rngs: Sequence[Xorshift64Star],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Iterator[list[int]]:
+    """As `generate`, for several continuations of `tokens` through one cache: each time, an id for each of `rngs`.
+
+    Up to GROUP of them get the same ids as each would alone.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -85,25 +130,86 @@ def generate(
     for token in tokens:
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(f"token {token} is outside the model's vocabulary [0, {model.config.vocab_size})")
-    rng = rng or Xorshift64Star()
+    length = _cache_length(model.config, len(tokens), max_new_tokens)
+    cache = model.new_cache(len(rngs), length)
+    reader = model.new_cache(1, length) if len(rngs) > 1 else cache
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return _generate(model, tokens, max_new_tokens, rng, options)
+    return _generate(model, cache, reader, tokens, max_new_tokens, rngs, options)
 
 
-def _generate(model: GPT2, tokens: list[int], max_new_tokens: int, rng: Xorshift64Star, options: dict) -> Iterator[int]:
+def _generate(
+    model: GPT2,
+    cache: DecodeCache,
+    reader: DecodeCache,
+    tokens: list[int],
+    max_new_tokens: int,
+    rngs: Sequence[Xorshift64Star],
+    options: dict,
+) -> Iterator[list[int]]:
     window = model.config.max_seq_len
-    cache = model.new_cache(1, min(window, len(tokens) + max(max_new_tokens, 0)))
-    context = collections.deque(tokens, maxlen=window)
-    pending = list(context)
+    contexts = [collections.deque(tokens, maxlen=window) for _ in rngs]
+    drawn: list[int] = []
     for _ in range(max_new_tokens):
-        if cache.position + len(pending) > window:
-            cache.position = 0
-            pending = list(context)[-max(1, window // 2) :]
-        logits = model.decode(np.array([pending], np.int32), cache)
-        token = sample(model.ops.to_host(logits)[0], rng, **options)
-        yield token
-        context.append(token)
-        pending = [token]
+        if not drawn:
+            logits = _read(model, cache, reader, [list(context) for context in contexts])
+        elif cache.position == window:
+            logits = _read(model, cache, reader, [list(context)[-max(1, window // 2) :] for context in contexts])
+        else:
+            logits = model.ops.to_host(model.decode(np.array(drawn, np.int32)[:, None], cache))
+        drawn = [sample(row, rng, **options) for row, rng in zip(logits, rngs)]
+        yield drawn
+        for context, token in zip(contexts, drawn):
+            context.append(token)
+
+
+def _read(model: GPT2, cache: DecodeCache, reader: DecodeCache, sequences: list[list[int]]) -> np.ndarray:
+    """Fills the cache with sequences of one length, and returns the logits (B,V) after them.
+
+    One after the other, through a cache of one sequence: as the prompt is the same for all it is read once, and a
+    sequence that is read again has the same bits in any company.
+    """
+    rows: list[np.ndarray] = []
+    for b, tokens in enumerate(sequences):
+        if b == 0 or tokens != sequences[b - 1]:
+            reader.position = 0
+            row = model.ops.to_host(model.decode([tokens], reader))[0]
+        rows.append(row)
+        if reader is not cache:
+            for mine, read in zip(cache.keys + cache.values, reader.keys + reader.values):
+                mine[b] = read[0]
+    cache.position = reader.position
+    return np.stack(rows)
+
+
+def _cache_length(config: GPT2Config, prompt: int, max_new_tokens: int) -> int:
+    return min(config.max_seq_len, prompt + max(max_new_tokens, 0))
+
+
+def _group_size(config: GPT2Config, length: int, num_samples: int) -> int:
+    """How many of num_samples to decode together with caches of `length` tokens: what fits in memory, at most GROUP."""
+    group = min(GROUP, num_samples)
+    cache = 2 * FLOAT_BYTES * config.num_layers * length * config.channels
+    reader = cache + config.activation_bytes(1, length, training=False)
+    free = hardware.free_memory()
+    while group > 1 and free is not None and group * cache + reader > free:
+        group -= 1
+    return group
+
+
+def sample_rng(seed: int, number: int) -> Xorshift64Star:
+    """The coins of sample `number` of a seed: those of llm.c for sample 0, then streams of their own.
+
+    The states of the others are splitmix64's outputs (Steele, Lea and Flood, 2014), which have nothing to do with each
+    other or with those of the next seed; xorshift's own streams from neighbouring seeds begin alike.
+    """
+    if number == 0:
+        return Xorshift64Star(seed)
+    gamma, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+    state = (seed + number * gamma) & mask
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+    # 0 comes of 0 only, and is the one state that xorshift cannot have.
+    return Xorshift64Star((state ^ state >> 31) or gamma)
 
 
 def stream_text(
@@ -123,16 +229,54 @@ def stream_text(
     than line feed and tab, become U+FFFD. Arguments as in `generate`; ValueError, at once, if the prompt has a
     character that the vocabulary lacks, or if tokenizer and model do not belong together.
     """
+    tokens = generate(
+        model, _start(model, tokenizer, prompt), max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, rng=rng,
+    )  # fmt: skip
+    return _text_pieces(tokenizer, prompt, tokens)
+
+
+def stream_texts(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    max_new_tokens: int = 256,
+    *,
+    num_samples: int,
+    seed: int = 1337,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Iterator[Iterator[str]]:
+    """What `stream_text` gives, for each of num_samples texts; their coins are those of `sample_rng`.
+
+    They are made in groups. The first text of a group comes piece by piece, as it is written; the others, which are
+    written along with it, are there at once when it is complete.
+    """
+    start = _start(model, tokenizer, prompt)
+    length = _cache_length(model.config, len(start), max_new_tokens)
+    group = _group_size(model.config, length, num_samples)
+
+    def texts(numbers: range) -> Iterator[Iterator[str]]:
+        drawn = generate_batch(
+            model, start, max_new_tokens, [sample_rng(seed, number) for number in numbers],
+            temperature=temperature, top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        for b, copy in enumerate(itertools.tee(drawn, len(numbers))):
+            yield _text_pieces(tokenizer, prompt, map(operator.itemgetter(b), copy))
+
+    groups = (range(first, min(first + group, num_samples)) for first in range(0, num_samples, group))
+    return itertools.chain.from_iterable(map(texts, groups))
+
+
+def _start(model: GPT2, tokenizer: Tokenizer, prompt: str) -> Sequence[int]:
+    """The tokens to continue."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: they do not belong "
             "together"
         )
-    start = tokenizer.encode(prompt) if prompt else [tokenizer.start]
-    tokens = generate(
-        model, start, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, rng=rng
-    )  # fmt: skip
-    return _text_pieces(tokenizer, prompt, tokens)
+    return tokenizer.encode(prompt) if prompt else [tokenizer.start]
 
 
 def _text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterator[int]) -> Iterator[str]:
@@ -160,14 +304,6 @@ def find_model(named: Path | None) -> Path:
     if named:
         raise ValueError(f"{named}: no checkpoint in this folder; name the folder of a run, or a model file")
     raise ValueError(f"no checkpoint under {OUT}/; python -m pyllmc.train makes one, or name one with --checkpoint")
-
-
-def find_tokenizer(model_path: Path) -> Path:
-    """The tokenizer file beside a model file; ValueError if there is none."""
-    for name in TOKENIZER_NAMES:
-        if (path := model_path.parent / name).exists():
-            return path
-    raise ValueError(f"{model_path.parent}: there is no {TOKENIZER_NAMES[0]} beside the checkpoint; put it there")
 
 
 def parse_arguments(argv: Sequence[str] | None):
@@ -202,20 +338,23 @@ def parse_arguments(argv: Sequence[str] | None):
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     path = find_model(args.checkpoint)
-    checkpoint.read_header(path)  # so that a wrong file is told before what is missing beside it
-    tokenizer = Tokenizer.load(find_tokenizer(path))
+    config = checkpoint.read_header(path).config  # so that a wrong file is told before what is beside it
+    try:
+        tokenizer = find_tokenizer([path.parent], config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{error} (the model is {path})") from None
     hardware.set_threads(args.threads)
     model = GPT2.from_checkpoint(path)
-    # One stream of coins for all samples, so that they differ.
-    rng = Xorshift64Star(args.seed)
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
-    for number in range(1, args.num_samples + 1):
+    if isinstance(tokenizer, TokenIds):
+        print("no tokenizer.bin beside it, and not GPT-2's size: these are the token ids", file=sys.stderr)
+    texts = stream_texts(
+        model, tokenizer, args.prompt, args.max_new_tokens, num_samples=args.num_samples, seed=args.seed,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    )  # fmt: skip
+    for number, pieces in enumerate(texts, 1):
         if args.num_samples > 1:
             print(f"--- {number} of {args.num_samples} ---")
-        pieces = stream_text(
-            model, tokenizer, args.prompt, args.max_new_tokens,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, rng=rng,
-        )  # fmt: skip
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)

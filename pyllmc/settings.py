@@ -1,9 +1,9 @@
 """Every setting of a training run: one table that gives the command line, the recipe files and their checks.
 
-A run's settings are those of the default recipe, overridden by a recipe (a TOML file, packaged or the user's),
-overridden by the command line. The table gives values only to what the default recipe leaves out. The run's folder
-keeps all of them as `recipe.toml`, which is itself a recipe and what `--resume` reads.
-Called by train.py; calls cli.py for the checks.
+A run's settings are the table's values, which are llm.c's, overridden by a recipe (a TOML file, packaged or the
+user's), overridden by the command line. Between the table and those stands the default recipe, unless they name a model
+or token files to start from. The run's folder keeps all of them as `recipe.toml`, which is itself a recipe and what
+`--resume` reads. Called by train.py, prepare.py, llmc.py; calls cli.py for the checks.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 
@@ -53,63 +53,93 @@ def _limited(number: int) -> int:
     return number
 
 
-def option(check: Callable, help: str, *, default=MISSING, choices=None, metavar: str = "N", result: bool = True):
+def _checkpoint_interval(text: str) -> int:
+    """A whole number of at least -1."""
+    return -1 if text.strip() == "-1" else _count_or_zero(text)
+
+
+def option(check: Callable, help: str, default, *, choices=None, metavar: str = "N", result: bool = True):
     """A field of Settings. `check` turns the option's text into its value or raises argparse.ArgumentTypeError;
-    `result` says that the trained weights depend on it, so that a resumed run cannot change it. Without a `default` the
-    value is the default recipe's."""
+    `result` says that the trained weights depend on it, so that a resumed run cannot change it."""
     metadata = {"check": check, "help": help, "choices": choices, "metavar": metavar, "result": result}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of one training run, all checked one by one; what they mean together is checked by train.py."""
+    """The settings of one training run, all checked one by one; what they mean together is checked by prepare.py."""
 
     text: str = option(
-        str, "text file (UTF-8) to train on; without it, the built-in Shakespeare", default="", metavar="FILE"
+        str, "text file (UTF-8) to train on; without any data, the built-in Shakespeare", "", metavar="FILE"
     )
-    layers: int = option(_count, "transformer blocks")
-    heads: int = option(_count, "attention heads; must divide the channels")
-    channels: int = option(_count, "width of the model")
-    context: int = option(_count, "tokens that the model sees at once; a token is a character")
-    batch_size: int = option(_count, "sequences in one step")
-    max_steps: int = option(_count, "steps to train")
-    learning_rate: float = option(cli.positive_float, "peak learning rate", metavar="X")
-    warmup: int = option(_count_or_zero, "steps in which the learning rate rises to its peak")
-    schedule: str = option(str, "how the learning rate falls after the warm-up", choices=SCHEDULES)
-    final_lr_fraction: float = option(cli.fraction, "the last learning rate, as a fraction of the peak", metavar="X")
-    weight_decay: float = option(cli.non_negative_float, "AdamW's decay of the matrices", metavar="X")
-    beta1: float = option(_below_one, "AdamW's memory of the gradient", default=0.9, metavar="X")
-    beta2: float = option(_below_one, "AdamW's memory of its square", metavar="X")
+    tokenizer: str = option(
+        str, "what a token of the text is; by default what the model knows, a character for a new one", "",
+        choices=("char", "gpt2"),
+    )  # fmt: skip
+    train_data: str = option(str, "token files to train on, instead of a text: a path or a pattern", "", metavar="GLOB")
+    val_data: str = option(
+        str, "token files to validate on; without them there is no validation", "", metavar="GLOB", result=False
+    )
+    init: str = option(
+        str, "the model to start from: a size (d12, gpt3:c768) with new weights, or a model file", "",
+        metavar="SIZE|FILE.bin",
+    )  # fmt: skip
+    layers: int = option(_count, "transformer blocks of a new model", 12)
+    heads: int = option(_count, "its attention heads; must divide the channels", 12)
+    channels: int = option(_count, "its width", 768)
+    context: int = option(_count, "its context: how many tokens it can see at once", 1024)
+    batch_size: int = option(_count, "sequences in one batch", 4)
+    seq_len: int = option(_count_or_zero, "tokens of a sequence; 0 means the model's whole context", 0)
+    total_batch_size: int = option(
+        _count_or_zero, "tokens in one step, as several batches whose gradients are added; 0 means one batch", 0
+    )
+    max_steps: int = option(_count_or_zero, "steps to train; 0 means once through the data", 0)
+    learning_rate: float = option(cli.positive_float, "peak learning rate", 3e-4, metavar="X")
+    warmup: int = option(_count_or_zero, "steps in which the learning rate rises to its peak", 0)
+    schedule: str = option(str, "how the learning rate falls after the warm-up", "cosine", choices=SCHEDULES)
+    final_lr_fraction: float = option(
+        cli.fraction, "the last learning rate, as a fraction of the peak", 1.0, metavar="X"
+    )
+    weight_decay: float = option(cli.non_negative_float, "AdamW's decay of the matrices", 0.0, metavar="X")
+    beta1: float = option(_below_one, "AdamW's memory of the gradient", 0.9, metavar="X")
+    beta2: float = option(_below_one, "AdamW's memory of its square", 0.95, metavar="X")
     grad_clip: float = option(
-        cli.non_negative_float, "scale gradients down to this norm; 0 leaves them alone", metavar="X"
+        cli.non_negative_float, "scale gradients down to this norm; 0 leaves them alone", 1.0, metavar="X"
     )
-    seed: int = option(cli.seed, "seed of the first weights and of the order of the data")
-    threads: int = option(_count_or_zero, "CPU threads; 0 takes all there are", default=0, result=False)
+    shuffle: bool = option(bool, "take the data in a random order, as llm.c draws it", True)
+    scatter_rows: bool = option(bool, "draw every sequence of a batch by itself, not the batch as one piece", False)
+    overfit: bool = option(bool, "train on the first batch again and again: a check, the loss must go to 0", False)
+    seed: int = option(cli.seed, "seed of new weights and of the order of the data", 42)
+    threads: int = option(_count_or_zero, "CPU threads; 0 takes all there are", 0, result=False)
     out: str = option(
-        str,
-        "the run's folder; by default out/ and the recipe's or the text's name",
-        default="",
-        metavar="FOLDER",
-        result=False,
+        str, "the run's folder; by default out/ and the name of the recipe, the text or the data", "",
+        metavar="FOLDER", result=False,
+    )  # fmt: skip
+    val_every: int = option(_count_or_zero, "steps between validations; 0 means only at the end", 20, result=False)
+    val_batches: int = option(_count_or_zero, "batches in one validation; 0 means all held-out data", 20, result=False)
+    sample_every: int = option(_count_or_zero, "steps between samples of text; 0 means none", 20, result=False)
+    sample_length: int = option(_count, "tokens in a sample", 64, result=False)
+    sample_temperature: float = option(
+        cli.non_negative_float, "of the samples: below 1 keeps to what is likely", 1.0, metavar="X", result=False
     )
-    val_every: int = option(_count_or_zero, "steps between validations; 0 means only at the end", result=False)
-    val_batches: int = option(
-        _count_or_zero, "batches in one validation; 0 means all of the held-out text", result=False
+    checkpoint_every: int = option(
+        _checkpoint_interval, "steps between checkpoints; 0 means only at the end, -1 never", 0, result=False
     )
-    sample_every: int = option(_count_or_zero, "steps between samples of text; 0 means none", result=False)
-    sample_length: int = option(_count, "tokens in a sample", default=300, result=False)
-    checkpoint_every: int = option(_count_or_zero, "steps between checkpoints; 0 means only at the end", result=False)
-    keep_checkpoints: int = option(_count_or_zero, "newest checkpoints to keep; 0 keeps all", default=1, result=False)
+    keep_checkpoints: int = option(_count_or_zero, "newest checkpoints to keep; 0 keeps all", 1, result=False)
+    keep_every: int = option(
+        _count_or_zero, "checkpoints at multiples of this step stay for ever; 0 means none do", 0, result=False
+    )
     log_every: int = option(
-        _count_or_zero,
-        "steps between lines when the output is not a terminal; 0 gives about forty lines in all",
-        default=0,
+        _count_or_zero, "steps between lines when the output is not a terminal; 0 gives about forty lines in all", 0,
         result=False,
-    )
+    )  # fmt: skip
 
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}
+GEOMETRY = ("layers", "heads", "channels", "context")
+# Where the data and the model come from. Any of these but the text makes a run that stands on the table, not on the
+# default recipe, which is for a small new model.
+PATHS = ("text", "train_data", "val_data", "init")
 
 
 def flag(name: str) -> str:
@@ -121,12 +151,15 @@ def add_options(parser: cli.ArgumentParser, defaults: dict) -> None:
     """Gives `parser` one option for each setting; those not on the command line come out as None. The help shows
     `defaults`, which has all settings."""
     for name, setting in FIELDS.items():
-        metadata = setting.metadata
-        choices, default = metadata["choices"], defaults[name]
-        parser.add_argument(
-            flag(name), type=metadata["check"], choices=choices, metavar=None if choices else metadata["metavar"],
-            help=metadata["help"] + (f" (default: {default})" if default != "" else ""),
-        )  # fmt: skip
+        metadata, default = setting.metadata, defaults[name]
+        if setting.type is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+            default = "yes" if default else "no"
+        else:
+            choices = metadata["choices"]
+            how = {"type": metadata["check"], "choices": choices, "metavar": None if choices else metadata["metavar"]}
+        shown = f" (default: {default})" if default != "" else ""
+        parser.add_argument(flag(name), help=metadata["help"] + shown, **how)
 
 
 def _checked(name: str, value, source: str):
@@ -137,10 +170,13 @@ def _checked(name: str, value, source: str):
         raise ValueError(f"{source}: no setting is called {name!r}{hint}")
     setting = FIELDS[name]
     choices = setting.metadata["choices"]
-    wanted = (str,) if setting.type is str else (int, float)
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        raise ValueError(f"{source}: {name} must be a {'string' if setting.type is str else 'number'}, got {value!r}")
-    if choices and value not in choices:
+    what, wanted = {str: ("a string", str), bool: ("true or false", bool)}.get(setting.type, ("a number", (int, float)))
+    if not isinstance(value, wanted) or isinstance(value, bool) != (setting.type is bool):
+        raise ValueError(f"{source}: {name} must be {what}, got {value!r}")
+    if setting.type is bool:
+        return value
+    # What is left out needs no choice: the empty string of a saved run.
+    if choices and value and value not in choices:
         raise ValueError(f"{source}: {name} must be one of {', '.join(choices)}, got {value!r}")
     try:
         return setting.metadata["check"](str(value))
@@ -156,7 +192,7 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> dict:
     """The settings in a recipe: the name of a packaged one, or the path of a `.toml` file. ValueError says what is
-    wrong with it. A relative `text` counts from the recipe file's folder."""
+    wrong with it. The relative paths in a file count from the file's folder."""
     if name.endswith(".toml"):
         try:
             content = Path(name).read_text(encoding="utf-8")
@@ -172,30 +208,48 @@ def load_recipe(name: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not a recipe: {error}") from None
     values = {key: _checked(key, value, name) for key, value in values.items()}
-    if values.get("text"):
-        values["text"] = str(Path(name).parent / values["text"])
+    for key in PATHS:
+        if values.get(key) and _is_path(key, values[key]):
+            values[key] = str(Path(name).parent / values[key])
     return values
 
 
-def default_settings() -> dict:
-    """All settings of a run for which nothing is asked: the default recipe's, and the table's where it has none."""
-    values = {name: setting.default for name, setting in FIELDS.items() if setting.default is not MISSING}
-    return values | load_recipe(DEFAULT_RECIPE)
+def _is_path(name: str, value: str) -> bool:
+    """Whether a setting of PATHS names files: `init` may be a size instead."""
+    return name != "init" or value.endswith(".bin")
 
 
-def run_name(recipe: str, text: str | None) -> str:
-    """What a run is called, and its folder under out/: after the user's text if there is one, else its recipe."""
-    path = Path(text or recipe)
-    # The recipe that a run left in its folder runs it again.
-    return path.absolute().parent.name if path.name == RECIPE_FILE else path.stem
+def base_settings(asked: dict) -> dict:
+    """All settings of a run of which only `asked` are given, before these override them."""
+    values = {name: setting.default for name, setting in FIELDS.items()}
+    stands_on_table = any(asked.get(name) for name in PATHS if name != "text")
+    return values if stands_on_table else values | load_recipe(DEFAULT_RECIPE)
+
+
+def run_name(recipe: str, given: dict) -> str:
+    """What a run is called, and its folder under out/: after the text, the recipe, the data or the model; the first of
+    these that was given."""
+    if given.get("text"):
+        return Path(given["text"]).stem
+    if recipe:
+        path = Path(recipe)
+        # The recipe that a run left in its folder runs it again.
+        return path.absolute().parent.name if path.name == RECIPE_FILE else path.stem
+    if given.get("train_data"):
+        return Path(given["train_data"]).absolute().parent.name
+    return Path(given["init"]).stem.replace(":", "_") if given.get("init") else DEFAULT_RECIPE
 
 
 def save_recipe(settings: Settings, path: str | Path) -> None:
-    """Writes all settings but the folder as a recipe. The text's path becomes absolute, to mean the same anywhere."""
+    """Writes the settings but the folder as a recipe: not those that are empty, and a geometry only where it is not
+    that of another model. Paths become absolute, to mean the same anywhere."""
     lines = [f"{RUN_MARK} To run them again:  python -m pyllmc.train --recipe FILE --out FOLDER"]
-    for name in (name for name in FIELDS if name != "out"):
+    left_out = ("out", *GEOMETRY) if settings.init else ("out",)
+    for name in (name for name in FIELDS if name not in left_out):
         value = getattr(settings, name)
-        if name == "text" and value:
+        if value == "":
+            continue
+        if name in PATHS and _is_path(name, value):
             value = str(Path(value).absolute())
         # JSON's numbers and strings are TOML's too, but for one character that TOML wants escaped.
         literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -206,9 +260,12 @@ def save_recipe(settings: Settings, path: str | Path) -> None:
 
 def check_resumable(recorded: dict, asked: dict, folder: Path) -> None:
     """ValueError if `asked` changes a setting on which the result of the run in `folder` depends. `recorded` has all
-    settings."""
+    settings. The text may have moved: prepare.py compares what is in it."""
     for name, value in asked.items():
-        if FIELDS[name].metadata["result"] and name != "text" and value != recorded[name]:
+        before = recorded[name]
+        if name in PATHS and value and before and _is_path(name, value):
+            value, before = Path(value).absolute(), Path(before).absolute()
+        if FIELDS[name].metadata["result"] and name != "text" and value != before:
             raise ValueError(
                 f"{folder}: this run has {name} = {recorded[name]}, and {flag(name)} {value} was asked for; resume it "
                 f"without {flag(name)}, or start another run with another --out"

@@ -1,4 +1,7 @@
-"""pyllmc/checkpoint.py: the formats against literal bytes, hostile files, and runs that go on bit for bit."""
+"""pyllmc/checkpoint.py: the formats against literal bytes, hostile files, and runs that go on bit for bit.
+
+Debug states have a file of their own: test_debug_state.py.
+"""
 
 import json
 import resource
@@ -212,56 +215,6 @@ def test_model_saves_and_loads(tmp_path):
     model.save(tmp_path / "rounded.bin", dtype="bfloat16")
     rounded = GPT2.from_checkpoint(tmp_path / "rounded.bin")
     assert np.allclose(rounded.flat_params, model.flat_params, rtol=2**-8)
-
-
-# ---- debug states ----------------------------------------------------------------------------------------------------
-
-
-def debug_state(grads):
-    rng = np.random.default_rng(0)
-    inputs, targets = rng.integers(0, 5, (2, 2, 3), dtype=np.int32)
-    return checkpoint.DebugState(inputs, targets, rng.normal(size=(2, 3, 5)).astype(np.float32), 1.625, grads)
-
-
-def test_debug_state_byte_for_byte(tmp_path, flat):
-    path, state = tmp_path / "debug.bin", debug_state(flat)
-    checkpoint.write_debug_state(path, CONFIG, state)
-    header = struct.pack("<4i", 20240327, 2, 2, 3).ljust(1024, b"\0")
-    parts = (state.inputs, state.targets, state.logits, np.float32(1.625), flat)
-    assert path.read_bytes() == header + b"".join(part.tobytes() for part in parts)
-    back = checkpoint.read_debug_state(path, CONFIG)
-    for name in ("inputs", "targets", "logits", "grads"):
-        assert np.array_equal(getattr(back, name), getattr(state, name))
-    assert back.loss == 1.625
-
-
-def test_debug_state_version_1(tmp_path, flat):
-    path, state = tmp_path / "debug.bin", debug_state(flat)
-    header = struct.pack("<4i", 20240327, 1, 2, 3).ljust(1024, b"\0")
-    parts = (state.inputs, state.targets, state.logits, np.float32(1.625), flat[:20], flat[512:])
-    path.write_bytes(header + b"".join(part.tobytes() for part in parts))
-    assert np.array_equal(checkpoint.read_debug_state(path, CONFIG).grads, flat)
-
-
-def test_size_of_gpt2s_debug_state():
-    config = GPT2Config.from_descriptor("d12")
-    assert 1024 + 4 * (2 * 256 + 256 * 50257 + 1 + config.num_parameters_padded) == 549_369_860
-
-
-@pytest.mark.parametrize("slot", range(4))
-@pytest.mark.parametrize("value", EXTREMES)
-def test_hostile_debug_states(tmp_path, flat, slot, value):
-    path = tmp_path / "debug.bin"
-    checkpoint.write_debug_state(path, CONFIG, debug_state(flat))
-    with pytest.raises(ValueError, match="patched.bin: "):
-        checkpoint.read_debug_state(patched(path, slot, value), CONFIG)
-
-
-def test_debug_state_of_another_model(tmp_path, flat):
-    path = tmp_path / "debug.bin"
-    checkpoint.write_debug_state(path, CONFIG, debug_state(flat))
-    with pytest.raises(ValueError, match="expected for a batch of 2 x 3 tokens and this model"):
-        checkpoint.read_debug_state(path, GPT2Config(2, 2, 8, 5, 3))
 
 
 # ---- training states -------------------------------------------------------------------------------------------------
@@ -538,9 +491,11 @@ def test_names_that_only_look_like_checkpoints(three_checkpoints):
 
 def test_loading_into_another_run_changes_nothing(three_checkpoints, token_file):
     found = checkpoint.find_latest(three_checkpoints)
-    with Run(token_file, shuffle=False, model=GPT2.from_checkpoint(found.model_path)) as run:
-        with pytest.raises(ValueError, match="state_00000003_00000.bin: .*shuffle"):
-            checkpoint.load_checkpoint(found, run.optimizer, run.loader)
+    with (
+        Run(token_file, shuffle=False, model=GPT2.from_checkpoint(found.model_path)) as run,
+        pytest.raises(ValueError, match="state_00000003_00000.bin: .*shuffle"),
+    ):
+        checkpoint.load_checkpoint(found, run.optimizer, run.loader)
     assert run.optimizer.step_count == 0 and not run.optimizer.m.any()
     other = AdamW(GPT2(CONFIG))
     with pytest.raises(ValueError, match="state_00000003_00000.bin: .* expected"):

@@ -1,21 +1,27 @@
-"""pyllmc/dataloader.py: llm.c's order with and without shuffling, exact positions, and files that are wrong."""
+"""pyllmc/dataloader.py: llm.c's order with and without shuffling, exact positions, reading ahead that changes nothing,
+and files that are wrong. The formats of the files have their tests in test_tokenfile.py."""
 
+import gc
 import os
+import random
 import struct
+import subprocess
+import sys
+import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from pyllmc.dataloader import DataLoader
-from pyllmc.datasets import write_tokens
-from pyllmc.rng import TorchGenerator
+from pyllmc.tokenfile import FORMATS, write_tokens
 
 
-def shards(folder, *sizes):
+def shards(folder, *sizes, format="uint16"):
     """Token files a.bin, b.bin, ...: consecutive numbers, so that every token tells where it stood."""
     start = 0
     for name, size in zip("abcdefgh", sizes):
-        write_tokens(folder / f"{name}.bin", np.arange(start, start + size) % 65536)
+        write_tokens(folder / f"{name}.bin", np.arange(start, start + size) % 65536, format)
         start += size
     return folder / "*.bin"
 
@@ -24,22 +30,40 @@ def first_tokens(loader, n):
     return [int(loader.next_batch()[0][0, 0]) for _ in range(n)]
 
 
-def llmc_order(samples_per_shard, seed, epochs):
-    """(shard, sample) in llm.c's order, written down once more and slowly: one word per swap."""
-    generator = TorchGenerator(seed)
+def same(batch, other):
+    return all(np.array_equal(one, two) for one, two in zip(batch, other, strict=True))
+
+
+def mt19937(seed):
+    """The standard library's MT19937, seeded as its inventors' init_genrand does; getrandbits(32) gives its words."""
+    key = [seed]
+    for i in range(1, 624):
+        key.append((1812433253 * (key[-1] ^ key[-1] >> 30) + i) % 2**32)
+    words = random.Random()
+    words.setstate((3, (*key, 624), None))
+    return words
+
+
+def expected_rows(sizes, B, T, epochs, *, shuffle=False, seed=42, rank=0, world_size=1):
+    """First tokens of all rows in `epochs` epochs, from llm.c's rules once more, without NumPy and without pyllmc."""
+    words = mt19937(seed + rank)
 
     def permute(values):
         for i in range(len(values) - 1, 0, -1):
-            j = int(generator.uint32(1)[0]) % (i + 1)
+            j = words.getrandbits(32) % (i + 1)
             values[i], values[j] = values[j], values[i]
 
-    order = list(range(len(samples_per_shard)))
+    order = list(range(len(sizes)))
     for _ in range(epochs):
-        permute(order)
+        if shuffle:
+            permute(order)
         for shard in order:
-            samples = list(range(samples_per_shard[shard]))
-            permute(samples)
-            yield from ((shard, sample) for sample in samples)
+            samples = list(range((sizes[shard] - 1) // (world_size * B * T)))
+            if shuffle:
+                permute(samples)
+            for sample in samples:
+                start = sum(sizes[:shard]) + sample * world_size * B * T + rank * B * T
+                yield from (start + row * T for row in range(B))
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -89,26 +113,56 @@ def test_shuffled_permutation_of_ten(tmp_path):
     assert first_tokens(loader, 10) == [1, 3, 9, 7, 6, 0, 8, 4, 5, 2]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_shuffled_shards_over_epochs(tmp_path, rank):
-    sizes = (41, 25, 60, 33, 17)
-    loader = DataLoader(shards(tmp_path, *sizes), 2, 4, shuffle=True, seed=7, rank=rank, world_size=2)
+SIZES = (41, 25, 60, 33, 17)
+
+
+@pytest.mark.parametrize("scatter_rows", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_several_shards_ranks_and_epochs(tmp_path, world_size, shuffle, scatter_rows):
+    """Every row of every rank in llm.c's order; in each epoch all ranks together see every usable token once."""
+    sizes, B, T = SIZES if world_size < 3 else SIZES[:4], 2, 4
+    pattern, rows = shards(tmp_path, *sizes), 1 if scatter_rows else B
+    seen = []
+    for rank in range(world_size):
+        options = {"shuffle": shuffle, "seed": 7, "rank": rank, "world_size": world_size}
+        loader = DataLoader(pattern, B, T, **options, scatter_rows=scatter_rows)
+        # 4 epochs are a whole number of batches, even where one epoch is not.
+        expected = list(expected_rows(sizes, rows, T, 4, **options))
+        assert 0 <= len(expected) - 4 * B * loader.num_batches < 4 * B
+        batches = [loader.next_batch() for _ in range(len(expected) // B)]
+        inputs = np.concatenate([inputs for inputs, _ in batches])
+        assert inputs.tolist() == [list(range(first, first + T)) for first in expected]
+        assert np.array_equal(np.concatenate([targets for _, targets in batches]), inputs + 1)
+        seen.append(inputs.reshape(4, -1))
+    width = world_size * rows * T
     starts = np.cumsum([0, *sizes])
-    samples = [(size - 1) // 16 for size in sizes]
-    expected = [int(starts[shard]) + sample * 16 + rank * 8 for shard, sample in llmc_order(samples, 7 + rank, 4)]
-    assert loader.num_batches * 4 == len(expected)
-    assert first_tokens(loader, len(expected)) == expected
+    usable = [start + i for start, size in zip(starts, sizes) for i in range((size - 1) // width * width)]
+    for epoch in np.concatenate(seen, axis=1):
+        assert np.sort(epoch).tolist() == usable
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_usable_token_once_in_each_epoch(tmp_path, shuffle):
     """llm.c's own test: four shards of 140 tokens, B=4, T=8, two processes, four epochs."""
     pattern = shards(tmp_path, 140, 140, 140, 140)
-    loaders = [DataLoader(pattern, 4, 8, shuffle=shuffle, rank=rank, world_size=2) for rank in range(2)]
+    loaders = [DataLoader(pattern, 4, 8, shuffle, 42, rank, 2) for rank in range(2)]
     usable = sorted(140 * shard + i for shard in range(4) for i in range(128))
     for _ in range(4):
         seen = [loader.next_batch()[0].ravel() for loader in loaders for _ in range(loader.num_batches)]
         assert np.sort(np.concatenate(seen)).tolist() == usable
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_same_batches(tmp_path, format):
+    pattern = shards(tmp_path, *SIZES, format=format)
+    loader = DataLoader(pattern, 2, 4, shuffle=True, format=format)
+    inputs, targets = loader.next_batch()
+    assert inputs.dtype == targets.dtype == np.int32 and inputs.flags.c_contiguous and targets.flags.c_contiguous
+    loader.reset()
+    expected = list(expected_rows(SIZES, 2, 4, 2, shuffle=True))
+    loader = DataLoader(pattern, 2, 4, shuffle=True)
+    assert first_tokens(loader, len(expected) // 2) == expected[::2]
 
 
 # ---- position --------------------------------------------------------------------------------------------------------
@@ -158,41 +212,164 @@ def test_state_that_does_not_fit(tmp_path, change, told):
     assert first_tokens(loader, 20) == first_tokens(twin, 20)
 
 
+# ---- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scatter_rows", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_reading_ahead_changes_no_batch_and_no_state(tmp_path, shuffle, scatter_rows):
+    pattern = shards(tmp_path, *SIZES)
+    ahead, plain = (DataLoader(pattern, 2, 4, shuffle, scatter_rows=scatter_rows, prefetch=on) for on in (True, False))
+    kept = None
+    for i in range(60):
+        if i in (7, 25, 26):
+            ahead.reset()
+            plain.reset()
+        if i == 40:
+            ahead.load_state_dict(kept)
+            plain.load_state_dict(kept)
+        states = ahead.state_dict(), plain.state_dict()
+        assert all(np.array_equal(states[0][key], states[1][key]) for key in states[0])
+        if i == 12:
+            kept = states[0]
+        assert same(ahead.next_batch(), plain.next_batch())
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_what_is_wrong_shows_at_its_own_batch_each_time(tmp_path, prefetch):
+    pattern = shards(tmp_path, 41, 25, 41)
+    loader = DataLoader(pattern, 2, 4, prefetch=prefetch, vocab_size=70)
+    (tmp_path / "b.bin").rename(tmp_path / "kept")
+    assert first_tokens(loader, 5) == [0, 8, 16, 24, 32]
+    state = loader.state_dict()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="b.bin"):
+            loader.next_batch()
+        assert loader.state_dict()["sample"] == state["sample"] == 5
+    (tmp_path / "kept").rename(tmp_path / "b.bin")
+    assert first_tokens(loader, 3) == [41, 49, 57]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="c.bin: token 4 is 70, expected less than the vocabulary's 70"):
+            loader.next_batch()
+    loader.reset()
+    assert first_tokens(loader, 1) == [0]
+
+
+def test_what_is_asked_for_ahead_is_the_next_batch(tmp_path, monkeypatch):
+    """Across samples, shards and epochs: every read but the first was asked for one batch before, nothing else was."""
+    asked, read, pread = [], [], os.pread
+
+    def recorded_pread(descriptor, size, offset):
+        read.append((os.fstat(descriptor).st_ino, offset, size))
+        return pread(descriptor, size, offset)
+
+    def fadvise(descriptor, offset, size, advice):
+        asked.append((os.fstat(descriptor).st_ino, offset, size))
+
+    monkeypatch.setattr(os, "pread", recorded_pread)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, False)
+    monkeypatch.setattr(os, "posix_fadvise", fadvise, False)
+    loader = DataLoader(shards(tmp_path, *SIZES), 3, 4, True, scatter_rows=True)
+    for _ in range(40):
+        loader.next_batch()
+    assert len(read) == 120 and asked[:-3] == read[3:]
+    asked.clear()
+    DataLoader(tmp_path / "*.bin", 3, 4, prefetch=False).next_batch()
+    assert asked == []
+
+
+def test_without_a_way_to_ask_the_system(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    loader = DataLoader(shards(tmp_path, 41), 2, 4)
+    assert first_tokens(loader, 6) == [0, 8, 16, 24, 32, 0]
+
+
+def test_loaders_leave_nothing_behind(tmp_path):
+    """No thread, no open file, no cycle: a loader is gone when its last name is."""
+    pattern = shards(tmp_path, *SIZES)
+    before = len(os.listdir("/dev/fd")), threading.active_count()
+    gc.disable()
+    try:
+        for _ in range(200):
+            loader = DataLoader(pattern, 2, 4, shuffle=True)
+            loader.next_batch()
+            gone = weakref.ref(loader)
+            del loader
+            assert gone() is None
+    finally:
+        gc.enable()
+    assert (len(os.listdir("/dev/fd")), threading.active_count()) == before
+
+
+def test_a_closed_loader_opens_its_file_again(tmp_path):
+    loader = DataLoader(shards(tmp_path, 41), 2, 4)
+    before = len(os.listdir("/dev/fd"))
+    assert first_tokens(loader, 2) == [0, 8]
+    loader.close()
+    loader.close()
+    assert len(os.listdir("/dev/fd")) == before
+    assert first_tokens(loader, 1) == [16]
+
+
+def test_a_forked_child_goes_on_and_the_interpreter_ends_in_silence(tmp_path):
+    program = """
+import os, sys
+from pyllmc.dataloader import DataLoader
+loader = DataLoader(sys.argv[1], 2, 4)
+loader.next_batch()
+child = os.fork()
+print(loader.next_batch()[0][0, 0], flush=True)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    pattern = str(shards(tmp_path, 41))
+    command = [sys.executable, "-W", "default::ResourceWarning", "-c", program, pattern]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n8\n", "")
+
+
 # ---- wrong files and arguments ---------------------------------------------------------------------------------------
 
 
-def write_raw(path, magic=20240520, version=1, count=40, size=None):
-    path.write_bytes(struct.pack("<3i", magic, version, count).ljust(1024, b"\0") + bytes(80 if size is None else size))
-
-
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("slots", "told"),
     [
-        ({"magic": 20240801}, "magic is 20240801, expected 20240520"),
-        ({"magic": -1}, "magic is -1"),
-        ({"version": 2}, "version is 2, expected 1"),
-        ({"count": 41}, "number of tokens is 41, expected 40"),
-        ({"count": 39}, "number of tokens is 39, expected 40"),
-        ({"count": -1}, "number of tokens is -1"),
-        ({"count": 2**31 - 1}, "number of tokens is 2147483647"),
-        ({"size": 79}, "expected 39.5"),
-        ({"count": 0, "size": 0}, "0 tokens are too few"),
-        ({"count": 8, "size": 16}, "8 tokens are too few: a batch of 2 x 4 tokens needs at least 9"),
+        ((20240521, 1, 40), "magic is 20240521, expected 20240520"),
+        ((20240520, 1, 41), "number of tokens is 41, expected 40"),
+        ((20240520, 1, 0), "number of tokens is 0, expected 40"),
     ],
 )
-def test_wrong_header(tmp_path, fields, told):
+def test_wrong_header(tmp_path, slots, told):
     path = tmp_path / "t.bin"
-    write_raw(path, **fields)
+    path.write_bytes(struct.pack("<3i", *slots).ljust(1024, b"\0") + bytes(80))
     with pytest.raises(ValueError, match=told) as info:
         DataLoader(path, 2, 4)
     assert str(path) in str(info.value) and "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"\0" * 1023])
-def test_no_room_for_a_header(tmp_path, data):
-    (tmp_path / "t.bin").write_bytes(data)
-    with pytest.raises(ValueError, match="too few for a token file"):
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_too_few_tokens(tmp_path, tokens):
+    write_tokens(tmp_path / "t.bin", range(tokens))
+    with pytest.raises(ValueError, match=f"{tokens} tokens are too few: a batch of 2 x 4 tokens needs at least 9"):
         DataLoader(tmp_path / "t.bin", 2, 4)
+
+
+@pytest.mark.parametrize(("one", "other"), [("uint16", "uint32"), ("uint32", "int32"), ("int32", "uint16")])
+def test_shards_of_different_formats(tmp_path, one, other):
+    for name, format in (("a.bin", one), ("b.bin", one), ("c.bin", other)):
+        write_tokens(tmp_path / name, range(100), format)
+    with pytest.raises(ValueError, match=rf"c\.bin: its tokens are {other}, those of .*a\.bin are {one}"):
+        DataLoader(tmp_path / "*.bin", 2, 4)
+
+
+def test_the_format_that_is_asked_for(tmp_path):
+    write_tokens(tmp_path / "t.bin", [128000, *range(299)], "int32")
+    with pytest.raises(ValueError, match="magic is 128000"):
+        DataLoader(tmp_path / "t.bin", 2, 4)
+    assert first_tokens(DataLoader(tmp_path / "t.bin", 2, 4, format="int32"), 2) == [128000, 7]
+    with pytest.raises(ValueError, match="format of a token file must be auto"):
+        DataLoader(tmp_path / "t.bin", 2, 4, format="int64")
 
 
 def test_nothing_matches(tmp_path):
@@ -237,14 +414,16 @@ def test_token_outside_the_vocabulary_is_named(tmp_path):
     assert DataLoader(tmp_path / "t.bin", 1, 8, vocab_size=51).num_tokens == 25
 
 
-def test_file_that_shrinks_is_an_error(tmp_path):
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_file_that_shrinks_is_an_error(tmp_path, prefetch):
     path = tmp_path / "t.bin"
     write_tokens(path, range(1000))
-    loader = DataLoader(path, 2, 4)
-    os.truncate(path, 1024 + 30)
+    loader = DataLoader(path, 2, 4, prefetch=prefetch)
     loader.next_batch()
-    with pytest.raises(ValueError, match="changed while in use"):
-        loader.next_batch()
+    os.truncate(path, 1024 + 30)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"t.bin: was changed while in use: 3024 bytes before, 1054 now"):
+            loader.next_batch()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +434,7 @@ def test_file_that_shrinks_is_an_error(tmp_path):
         ({"world_size": 0}, "world_size must be at least 1"),
         ({"rank": 2, "world_size": 2}, r"rank must be in \[0, 2\)"),
         ({"rank": -1}, "rank must be at least 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"B": 2**40, "T": 2**40}, "too few"),
     ],
 )
@@ -263,15 +443,18 @@ def test_wrong_arguments(tmp_path, arguments, told):
         DataLoader(shards(tmp_path, 40), **{"B": 2, "T": 4, **arguments})
 
 
-def test_beyond_two_gigabytes(tmp_path):
-    """Offsets have 64 bits: a sparse file of 3 GB, whose last tokens are not zero."""
-    path, count = tmp_path / "large.bin", 1_500_000_001
+@pytest.mark.parametrize("format", FORMATS)
+def test_beyond_two_gibibytes(tmp_path, format):
+    """Offsets have 64 bits: a sparse file of 3 GiB, whose last tokens are not zero."""
+    path, form = tmp_path / "large.bin", FORMATS[format]
+    count = 3 * 2**30 // form.dtype.itemsize + 1
     with open(path, "wb") as file:
-        file.write(struct.pack("<3i", 20240520, 1, count).ljust(1024, b"\0"))
-        file.seek(1024 + 2 * (count - 9))
-        file.write(np.arange(1, 10, dtype="<u2").tobytes())
-    loader = DataLoader(path, 1, 8)
-    state = loader.state_dict()
-    loader.load_state_dict({**state, "sample": loader.num_batches - 1})
+        if form.header_bytes:
+            file.write(struct.pack("<3i", form.magic, form.version, count).ljust(1024, b"\0"))
+        file.seek(form.dtype.itemsize * (count - 9), os.SEEK_CUR)
+        file.write(np.arange(1, 10, dtype=form.dtype).tobytes())
+    loader = DataLoader(path, 1, 4, world_size=2, rank=1, format=format)
+    loader.load_state_dict({**loader.state_dict(), "sample": loader.num_batches - 1})
     inputs, targets = loader.next_batch()
-    assert inputs.tolist() == [list(range(1, 9))] and targets[0, -1] == 9
+    assert inputs.tolist() == [[5, 6, 7, 8]] and targets.tolist() == [[6, 7, 8, 9]]
+    assert loader.state_dict()["sample"] == loader.num_batches == (count - 1) // 8

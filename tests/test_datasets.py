@@ -1,10 +1,20 @@
-"""pyllmc/datasets and data/make_shakespeare.py: token files against literal bytes, the embedded text, bad input."""
+"""pyllmc/datasets: the embedded text and data/make_shakespeare.py, text to token files, threads, the
+program, bad input.
 
+The kinds of files are in test_datasets_documents.py, what is downloaded in test_datasets_download.py and
+test_datasets_tiny.py.
+"""
+
+import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
-import struct
+import re
+import resource
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +22,11 @@ import pytest
 
 from pyllmc import cli
 from pyllmc.dataloader import DataLoader
-from pyllmc.datasets import SHAKESPEARE, __main__, prepare_text, text, write_tokens
-from pyllmc.datasets.common import token_file
-from pyllmc.tokenizer import Tokenizer
+from pyllmc.datasets import SHAKESPEARE, __main__, documents, prepare_text
+from pyllmc.datasets import common as datasets_common
+from pyllmc.datasets.parallel import one_ahead, ordered_map
+from pyllmc.datasets.progress import Progress
+from pyllmc.tokenizer import CharTokenizer, TokenIds, Tokenizer
 
 SHAKESPEARE_SHA256 = "b9f095e784f3ec2349dd082d053d828aa52728610f7cc145dc0847de2fa2b3cc"
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +38,10 @@ def run(*words):
 
 def tokens_of(path):
     return np.frombuffer(path.read_bytes()[1024:], "<u2").tolist()
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ---- the embedded text -----------------------------------------------------------------------------------------------
@@ -59,32 +75,6 @@ def test_script_makes_the_same_shakespeare(tmp_path):
     spec.loader.exec_module(module)
     module.main(["--output", str(tmp_path / "again.txt")])
     assert (tmp_path / "again.txt").read_bytes() == SHAKESPEARE.read_bytes()
-
-
-# ---- token files -----------------------------------------------------------------------------------------------------
-
-
-def test_token_file_is_these_bytes(tmp_path):
-    write_tokens(tmp_path / "t.bin", [1, 2, 65535])
-    assert (tmp_path / "t.bin").read_bytes() == struct.pack("<3i", 20240520, 1, 3).ljust(1024, b"\0") + struct.pack(
-        "<3H", 1, 2, 65535
-    )
-
-
-def test_token_file_in_pieces(tmp_path):
-    with token_file(tmp_path / "t.bin") as writer:
-        for piece in ([1, 2], [], np.array([3], np.uint16), np.array([4], np.int64)):
-            writer.append(piece)
-    assert tokens_of(tmp_path / "t.bin") == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("tokens", [[1, -1], [1, 65536], [1, 2**40], [1.5], ["a"], [[1, 2]]])
-def test_what_is_no_token_leaves_the_file_as_it_was(tmp_path, tokens):
-    write_tokens(tmp_path / "t.bin", [7])
-    with pytest.raises(ValueError, match="token"):
-        write_tokens(tmp_path / "t.bin", tokens)
-    assert tokens_of(tmp_path / "t.bin") == [7]
-    assert os.listdir(tmp_path) == ["t.bin"]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -121,10 +111,21 @@ def test_pieces_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_bytes(content.encode())
     whole = prepare_text(tmp_path / "t.txt", tmp_path / "1")
     for size in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(text, "PIECE_BYTES", size)
+        monkeypatch.setattr(documents, "PIECE_BYTES", size)
         again = prepare_text(tmp_path / "t.txt", tmp_path / "2")
-        for name in ("train.bin", "val.bin", "tokenizer.bin"):
-            assert (whole.folder / name).read_bytes() == (again.folder / name).read_bytes()
+        assert content_of(whole.folder) == content_of(again.folder)
+
+
+def test_a_tokenizer_that_is_there_is_used(tmp_path):
+    tokenizer = CharTokenizer.from_text("xyz ab")
+    prepared = prepare_text("ab ab ab", tmp_path / "1", tokenizer, min_tokens=0)
+    assert tokens_of(prepared.train) == [0, *tokenizer.encode("ab ab ab").tolist()]
+    assert Tokenizer.load(tmp_path / "1" / "tokenizer.bin").tokens == tokenizer.tokens
+    with pytest.raises(ValueError, match=r"the text: has 2 characters that the vocabulary has not, such as 'c' \(U"):
+        prepare_text("abcd", tmp_path / "2", tokenizer)
+    with pytest.raises(ValueError, match="text of these 65 token ids is not known"):
+        prepare_text("abcd", tmp_path / "2", TokenIds(65))
+    assert os.listdir(tmp_path) == ["1"]
 
 
 def test_prepared_text_can_be_loaded(tmp_path):
@@ -141,12 +142,22 @@ def test_prepared_text_can_be_loaded(tmp_path):
 def test_program_makes_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("some notes\n" * 20)
-    assert run("text", "notes.txt") == 0
+    assert run("text", "notes.txt", "--tokenizer", "char") == 0
     out, err = capsys.readouterr()
     assert out.startswith("data/text: 199 tokens to train on") and err == ""
     assert sorted(os.listdir("data/text")) == ["tokenizer.bin", "tokenizer.json", "train.bin", "val.bin"]
     assert run("shakespeare", "--output", "here") == 0
     assert len(tokens_of(tmp_path / "here" / "train.bin")) == 1070126
+
+
+def test_program_makes_gpt2s_tokens_of_ones_own_files(tmp_path, capsys):
+    for name, content in (("a.txt", "Hello, world!"), ("b.jsonl", '{"text": "Hello"}\n{"text": ", world!"}\n' * 4)):
+        (tmp_path / name).write_text(content)
+    assert run("text", tmp_path / "a.txt", tmp_path / "b.jsonl", "--output", tmp_path / "out") == 0
+    assert "27 tokens to train on (train.bin), 2 held out (val.bin), vocabulary of 50,257" in capsys.readouterr().out
+    ids = tokens_of(tmp_path / "out" / "train.bin") + tokens_of(tmp_path / "out" / "val.bin")
+    assert ids == [50256, 15496, 11, 995, 0, *[50256, 15496, 50256, 11, 995, 0] * 4]
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.bin").kind == "gpt2"
 
 
 BAD_TEXTS = {
@@ -170,11 +181,11 @@ def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
     data, told = BAD_TEXTS[case]
     path, output = tmp_path / "bad.txt", tmp_path / "data"
     path.write_bytes(data)
-    assert run("text", path, "--output", output) == cli.EXIT_ERROR
+    assert run("text", path, "--output", output / "new", "--tokenizer", "char") == cli.EXIT_ERROR
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
     with pytest.raises(ValueError, match=told):
-        prepare_text(path, output)
+        prepare_text(path, output / "new")
     assert not output.exists()
 
 
@@ -191,6 +202,7 @@ def test_bad_paths(tmp_path, capsys):
         (["verse"], 2, "verse"),
         ([], 2, "NAME"),
         (["text", good, "--tokenizer", "words"], 2, "words"),
+        (["text", good, "--workers", "0"], 2, "at least 1"),
     ):
         assert run_code(words) == code, words
         err = capsys.readouterr().err
@@ -204,12 +216,157 @@ def run_code(words):
         return stop.code
 
 
+def test_more_tokens_than_a_file_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyllmc.datasets.text.MAX_TOKENS", 100)
+    assert prepare_text("x" * 110, tmp_path / "1").num_train == 100
+    with pytest.raises(ValueError, match="more than 113 tokens, more than token files hold; make several datasets"):
+        prepare_text("x" * 112, tmp_path / "2")
+    assert os.listdir(tmp_path) == ["1"]
+
+
 def test_arguments_of_prepare_text(tmp_path):
     for held_out in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="held-out fraction"):
             prepare_text("some text", tmp_path, held_out=held_out)
-    with pytest.raises(ValueError, match="tokenizer must be char"):
+    with pytest.raises(ValueError, match="tokenizer must be char or gpt2"):
         prepare_text("some text", tmp_path, "words")
     with pytest.raises(ValueError, match=r"the text: 10 tokens .* 90 are needed"):
         prepare_text("some text", tmp_path, min_tokens=9)
+    with pytest.raises(ValueError, match="no file"):
+        prepare_text([], tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(datasets_common, "BATCH_CHARACTERS", 5000)
+    content = SHAKESPEARE.read_text()[:60_000].replace("\n\n", "\n<|endoftext|>\n", 30)
+    folders = []
+    for workers in (1, 2, 5):
+        for size in (1 << 20, 777):
+            monkeypatch.setattr(documents, "PIECE_BYTES", size)
+            (tmp_path / "t.txt").write_text(content)
+            folders.append(tmp_path / f"{workers}-{size}")
+            prepare_text(tmp_path / "t.txt", folders[-1], tokenizer, workers=workers)
+    assert all(content_of(folder) == content_of(folders[0]) for folder in folders)
+    prepared = prepare_text(content, tmp_path / "text", tokenizer)
+    assert content_of(prepared.folder) == content_of(folders[0])
+    parts = content.split("\n<|endoftext|>\n")
+    parts = [part + "\n" * (part is not parts[-1]) for part in parts]
+    ids = tokens_of(prepared.train) + tokens_of(prepared.val)
+    assert ids == prepared.tokenizer.encode_documents(parts).tolist() and ids.count(prepared.tokenizer.eot) == 31
+
+
+def test_ordered_map_is_in_order_and_not_far_ahead():
+    taken = []
+
+    def items():
+        for i in range(30):
+            taken.append(i)
+            yield i
+
+    def slow(i):
+        time.sleep(0.001 * (i % 3))
+        return i * i
+
+    for workers in (1, 3):
+        taken.clear()
+        for done, result in enumerate(ordered_map(slow, items(), workers)):
+            assert result == done**2 and len(taken) <= done + 2 * workers + 1
+        assert done == 29
+
+
+def test_threads_hand_errors_on():
+    def fail(i):
+        if i == 4:
+            raise ValueError("item 4")
+        return i
+
+    for workers in (1, 2):
+        results = []
+        with pytest.raises(ValueError, match="item 4"):
+            results.extend(ordered_map(fail, range(100), workers))
+        assert results == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="item 4"):
+        list(one_ahead(map(fail, range(9))))
+    assert list(one_ahead(range(5))) == [0, 1, 2, 3, 4] and list(one_ahead([])) == []
+
+
+# ---- what is shown, what is left behind ------------------------------------------------------------------------------
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    with Progress("text", 1000) as progress:
+        progress.advance(500)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("pyllmc.datasets.progress.SECONDS_BETWEEN_LINES", 0)
+    with Progress("text", 4_000_000) as progress:
+        progress.start_at(1_000_000)
+        progress.advance(1_000_000)
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"text: 50% of 4\.0 MB, [\d.]+ \w+/s, .* left\n", err) and out == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress("text", 1000) as progress:
+        progress.start_at(100)
+        time.sleep(0.6)
+        progress.advance(400)
+    assert "50%" in sys.stderr.getvalue() and "text" in sys.stderr.getvalue()
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("some text " * 20_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        code = run("text", tmp_path / "t.txt", "--output", tmp_path / "out", "--tokenizer", "char")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == cli.EXIT_ERROR
+    assert re.fullmatch(rf"error: {tmp_path}/out: cannot write .*: File too large\n", capsys.readouterr().err)
+    assert os.listdir(tmp_path) == ["t.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "t.txt").write_text("some text " * 20)
+    mkdir = Path.mkdir
+
+    def read_only(self, *args, **options):
+        if self.name == "out":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert run("text", tmp_path / "t.txt", "--output", tmp_path / "out") == cli.EXIT_ERROR
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: Read-only file system\n"
+
+
+def test_ctrl_c_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    prepare_text("the text that was before", tmp_path / "out")
+    before = content_of(tmp_path / "out")
+    monkeypatch.setattr(datasets_common, "BATCH_CHARACTERS", 100)
+    encoded = []
+
+    def encode(self, texts, continued=False):
+        encoded.append(texts)
+        if len(encoded) == 7:
+            raise KeyboardInterrupt
+        return np.zeros(1000, np.uint16)
+
+    monkeypatch.setattr(CharTokenizer, "encode_documents", encode)
+    (tmp_path / "t.jsonl").write_text((json.dumps({"text": "x" * 100}) + "\n") * 100)
+    for output in ("out", "new"):
+        code = run("text", tmp_path / "t.jsonl", "--tokenizer", "char", "--output", tmp_path / output)
+        assert code == cli.EXIT_INTERRUPTED
+        encoded.clear()
+    assert capsys.readouterr().err == "\nstopped\n" * 2
+    assert content_of(tmp_path / "out") == before and sorted(os.listdir(tmp_path)) == ["out", "t.jsonl"]

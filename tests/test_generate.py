@@ -17,7 +17,7 @@ from pyllmc.config import GPT2Config
 from pyllmc.model import GPT2
 from pyllmc.optimizer import AdamW
 from pyllmc.rng import TorchGenerator, Xorshift64Star
-from pyllmc.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer
+from pyllmc.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 TEXT = "the quick brown fox\njumps over the lazy dog\tétude"
 TOKENIZER = CharTokenizer.from_text(TEXT)
@@ -30,9 +30,9 @@ def tiny_model(vocab_size=TOKENIZER.vocab_size, max_seq_len=12, ops=None):
     return GPT2(config, ops=ops, params=params)
 
 
-def without_cache(model, tokens, n, temperature):
+def without_cache(model, tokens, n, temperature, rng=None):
     """What generate should give, each token from a whole forward over all that the model sees."""
-    window, rng = model.config.max_seq_len, Xorshift64Star()
+    window, rng = model.config.max_seq_len, rng or Xorshift64Star()
     seen, found = list(tokens)[-window:], []
     for _ in range(n):
         if len(seen) > window:
@@ -60,6 +60,21 @@ def test_sample_follows_the_probabilities():
     assert counts([0.1, 0.2, 0.3, 0.4], top_p=0.71) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9], abs=0.03)
     assert counts([0.1, 0.2, 0.3, 0.4], top_p=1e-9).tolist() == [0, 0, 0, 1]
     assert counts([0.25, 0.25, 0.25, 0.25], n=100, top_k=1).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("flat", [0.0, 0.3, 1.0, 5.0])
+def test_the_likeliest_are_those_of_a_whole_sort(flat):
+    rng = np.random.default_rng(0)
+    probs = np.exp(flat * rng.normal(size=200)).round(2)  # with ties, and with zeros
+    order = sorted(range(200), key=lambda token: (-probs[token], token))
+    for top_k in (0, 1, 7, 199, 200, 300):
+        by_count = order[: top_k or None]
+        for top_p in (1e-9, 0.1, 0.5, 0.95, 1.0):
+            share = top_p * probs[by_count].sum() * (1 - 1e-12)
+            count = next(n for n in range(1, 201) if probs[by_count[:n]].sum() >= share or n == len(by_count))
+            expected = np.zeros(200)
+            expected[by_count[:count]] = probs[by_count[:count]]
+            assert generate._likeliest(probs, top_k, top_p) == pytest.approx(expected, abs=0)
 
 
 def test_sample_spends_llmc_s_coins():
@@ -139,6 +154,122 @@ def test_number_of_tokens():
 def test_wrong_arguments_are_told_at_once(arguments, told):
     with pytest.raises(ValueError, match=told):
         generate.generate(tiny_model(), **{"tokens": [1], "max_new_tokens": 1, **arguments})
+
+
+# ---- several samples -------------------------------------------------------------------------------------------------
+
+
+def rngs(n):
+    return [generate.sample_rng(1337, number) for number in range(n)]
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2, 5, 12])
+@pytest.mark.parametrize("prompt", [[3], [1, 2, 3, 4, 5], list(range(20))])
+@pytest.mark.parametrize("ops", [None, reference], ids=["cpu", "reference"])
+def test_a_batch_with_cache_as_each_without(ops, prompt, max_seq_len):
+    """Token for token, greedily and with coins, over several windows."""
+    model = tiny_model(max_seq_len=max_seq_len, ops=ops)
+    for temperature in (0, 3.0):
+        drawn = list(generate.generate_batch(model, prompt, 30, rngs(3), temperature=temperature))
+        for rng, tokens in zip(rngs(3), zip(*drawn, strict=True), strict=True):
+            assert list(tokens) == without_cache(model, prompt, 30, temperature, rng)
+        assert len({*zip(*drawn)}) == (3 if temperature else 1)
+
+
+def test_a_sample_has_the_same_bits_in_any_company(cpu):
+    """Which is why at most GROUP are decoded together. C and 4C are no multiples of a vector, and 4C is over 256."""
+    config = GPT2Config(num_layers=2, num_heads=2, channels=70, vocab_size=301, max_seq_len=9)
+    model = GPT2(config, ops=cpu, params=TorchGenerator(5).normal(config.num_parameters_padded, 0.3))
+    tokens = np.random.default_rng(0).integers(0, 301, (generate.GROUP, 9))
+
+    def logits(rows):
+        cache = model.new_cache(len(rows))
+        return [model.decode(column[:, None], cache) for column in rows.T]
+
+    alone = [logits(row[None]) for row in tokens]
+    for n in range(2, generate.GROUP + 1):
+        for step, together in enumerate(logits(tokens[:n])):
+            for b in range(n):
+                assert together[b].tobytes() == alone[b][step][0].tobytes()
+
+
+def test_the_number_of_samples_changes_none_of_them():
+    model = tiny_model()
+
+    def texts(n, **options):
+        found = generate.stream_texts(model, TOKENIZER, "fox", 30, num_samples=n, **options)
+        return ["".join(pieces) for pieces in found]
+
+    found = texts(2 * generate.GROUP + 1)
+    assert len(set(found)) == len(found) == 2 * generate.GROUP + 1
+    for n in (1, 2, generate.GROUP, generate.GROUP + 1):
+        assert texts(n) == found[:n]
+    # The first spends llm.c's coins.
+    assert found[0] == "".join(generate.stream_text(model, TOKENIZER, "fox", 30))
+    assert texts(1, seed=5) == ["".join(generate.stream_text(model, TOKENIZER, "fox", 30, rng=Xorshift64Star(5)))]
+    assert len(set(texts(5, temperature=0))) == 1
+
+
+def test_little_memory_makes_groups_smaller_and_changes_no_text(monkeypatch):
+    model, sizes = tiny_model(), []
+
+    def texts():
+        return ["".join(pieces) for pieces in generate.stream_texts(model, TOKENIZER, "", 40, num_samples=5)]
+
+    expected = texts()
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda n, length: sizes.append((n, length)) or new_cache(n, length))
+    # 2 layers of keys and values of 12 tokens of 16 channels are 3072 bytes: room for three, and one that reads.
+    free = 4 * 3072 + model.config.activation_bytes(1, 12, training=False)
+    monkeypatch.setattr("pyllmc.hardware.free_memory", lambda: free)
+    assert texts() == expected
+    assert sizes == [(3, 12), (1, 12), (2, 12), (1, 12)]
+
+
+def test_too_little_memory_is_told_before_the_first_text(monkeypatch):
+    monkeypatch.setattr("pyllmc.hardware.free_memory", lambda: 3000)
+    monkeypatch.setattr("pyllmc.hardware.SMALL_BYTES", 0)
+    texts = generate.stream_texts(tiny_model(), TOKENIZER, "", 40, num_samples=5)
+    with pytest.raises(MemoryError, match="a cache of 1 x 12 tokens needs"):
+        next(texts)
+
+
+def test_the_first_text_comes_as_it_is_written(monkeypatch):
+    model, calls = tiny_model(), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda tokens, cache: calls.append(len(tokens)) or decode(tokens, cache))
+    texts = generate.stream_texts(model, TOKENIZER, "fox", 6, num_samples=3)
+    first = next(texts)
+    assert (next(first), calls) == ("fox", [])
+    next(first)
+    assert calls == [1]
+    next(first)
+    assert calls == [1, 3]
+    list(first)
+    assert len(calls) == 6
+    assert len(list(map(list, texts))) == 2 and len(calls) == 6
+
+
+def test_the_prompt_is_read_once_for_all(monkeypatch):
+    model, calls = tiny_model(), []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda tokens, cache: calls.append(np.shape(tokens)) or decode(tokens, cache))
+    list(generate.generate_batch(model, [1, 2, 3, 4], 3, rngs(5)))
+    assert calls == [(1, 4), (5, 1), (5, 1)]
+
+
+def test_coins_of_the_samples_are_unlike_each_other():
+    """xorshift's own first coins from neighbouring seeds are nearly the same."""
+    seeds = [(seed, number) for seed in (1, 2, 3, 1337) for number in range(1, 30)]
+    states = {generate.sample_rng(*pair).state for pair in seeds}
+    assert len(states) == len(seeds)
+    first = np.array([generate.sample_rng(*pair).random() for pair in seeds])
+    assert abs(first.mean() - 0.5) < 0.1 and np.abs(np.diff(np.sort(first))).max() < 0.1
+    assert [generate.sample_rng(seed, 0).state for seed in (1, 1337)] == [1, 1337]
+    # splitmix64's published first outputs from state 1234567
+    assert [generate.sample_rng(1234567, n).state for n in (1, 2)] == [6457827717110365317, 3203168211198807973]
+    gamma = 0x9E3779B97F4A7C15
+    assert generate.sample_rng(2**64 - gamma, 1).state == gamma
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -232,9 +363,9 @@ def test_program_options(home, capsys):
         assert run("--checkpoint", named, *words, "--seed", 5, "--num-samples", 2) == 0
     first, second = np.array_split(capsys.readouterr().out.splitlines(keepends=True), 2)
     assert "".join(first) == "".join(second)
-    rng = Xorshift64Star(5)
-    options = {"temperature": 0.8, "top_k": 3, "top_p": 0.9, "rng": rng}
-    texts = ["".join(generate.stream_text(tiny_model(), TOKENIZER, "the fox", 20, **options)) for _ in range(2)]
+    options = {"temperature": 0.8, "top_k": 3, "top_p": 0.9}
+    rngs = [generate.sample_rng(5, number) for number in range(2)]
+    texts = ["".join(generate.stream_text(tiny_model(), TOKENIZER, "the fox", 20, **options, rng=rng)) for rng in rngs]
     assert "".join(first) == f"--- 1 of 2 ---\n{texts[0]}\n--- 2 of 2 ---\n{texts[1]}\n"
 
 
@@ -250,6 +381,22 @@ def test_program_reads_llmc_s_tokenizer_name(home):
     assert run("--checkpoint", path, "--max-new-tokens", 1) == 0
 
 
+def test_program_with_a_model_file_alone(home, capsys):
+    """Of GPT-2's size its text is known, of another size the ids are shown."""
+    model = tiny_model(vocab_size=50257)
+    model.save("gpt2_124M.bin")
+    assert run("--checkpoint", "gpt2_124M.bin", "--prompt", "Hello", "--max-new-tokens", 5) == 0
+    expected = "".join(generate.stream_text(model, Tokenizer.gpt2(), "Hello", 5, temperature=0.8))
+    assert capsys.readouterr().out == expected + "\n"
+
+    model = tiny_model(vocab_size=100)
+    model.save("model.bin")
+    assert run("--checkpoint", "model.bin", "--max-new-tokens", 5) == 0
+    out, err = capsys.readouterr()
+    assert [int(word) for word in out.split()] == list(generate.generate(model, [99], 5, temperature=0.8))
+    assert "these are the token ids" in err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
@@ -257,7 +404,9 @@ def test_program_reads_llmc_s_tokenizer_name(home):
         (["--checkpoint", "none.bin"], 1, "none.bin: No such file or directory"),
         (["--checkpoint", "empty"], 1, "empty: no checkpoint in this folder"),
         (["--checkpoint", "run/tokenizer.bin"], 1, "not a model but a tokenizer"),
-        (["--checkpoint", "alone/model.bin"], 1, "there is no tokenizer.bin beside the checkpoint"),
+        (["--checkpoint", "alone/model.bin", "--prompt", "a"], 1, "put their tokenizer.bin beside the model"),
+        (["--checkpoint", "mixed/model.bin"], 1, "tokenizer.bin: has 4 tokens, the model 31"),
+        (["--checkpoint", "mixed/model.bin"], 1, "(the model is mixed/model.bin)"),
         (["--checkpoint", "run", "--prompt", "été W"], 1, "no 'W'"),
         (["--checkpoint", "run", "--seed", "0"], 2, "--seed"),
         (["--checkpoint", "run", "--seed", str(2**64)], 1, "from 1 to"),
@@ -273,8 +422,10 @@ def test_program_reads_llmc_s_tokenizer_name(home):
 def test_program_tells_what_is_wrong(home, capsys, words, code, told):
     path = save_run(home / "run")
     (home / "empty").mkdir()
-    (home / "alone").mkdir()
-    (home / "alone" / "model.bin").write_bytes(path.read_bytes())
+    for name in ("alone", "mixed"):
+        (home / name).mkdir()
+        (home / name / "model.bin").write_bytes(path.read_bytes())
+    CharTokenizer.from_text("fox").save(home / "mixed" / "tokenizer.bin")
     assert run(*words) == code
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and told in line

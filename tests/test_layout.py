@@ -92,7 +92,7 @@ def test_the_layers_are_what_they_are_called():
     assert layer("pyllmc.model") == layer("pyllmc.optimizer") == layer("pyllmc.checkpoint") == LIBRARY
     assert "pyllmc.backends" in imports("pyllmc.model")
     assert imports("pyllmc.backends") == {"pyllmc._ops", "pyllmc._cuda"}
-    assert "pyllmc.model" in imports("pyllmc.train")
+    assert "pyllmc.prepare" in imports("pyllmc.train") and "pyllmc.model" in imports("pyllmc.prepare")
 
 
 def test_no_cycle_of_imports():

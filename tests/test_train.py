@@ -318,9 +318,9 @@ def test_step_without_a_finite_loss_is_skipped(capsys, monkeypatch):
     forward_backward, update, seen = GPT2.forward_backward, train._update, {}
 
     def spoilt_at_3_and_4(run, step, log):
-        def sometimes_nan(model, *batch):
+        def sometimes_nan(model, *batch, loss_scale):
             seen[step] = model.flat_params.copy()
-            loss = forward_backward(model, *batch)
+            loss = forward_backward(model, *batch, loss_scale=loss_scale)
             if step in (3, 4):
                 model.flat_grads[:] = np.nan
                 return np.float32(np.nan)
@@ -491,7 +491,8 @@ def test_bad_request(arguments, words, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--max-steps", "0"], ["--batch-size", "-1"], ["--layers", "2.5"], ["--learning-rate", "nan"],
+        ["--max-steps", "-1"], ["--batch-size", "-1"], ["--checkpoint-every", "-2"],
+        ["--layers", "2.5"], ["--learning-rate", "nan"],
         ["--learning-rate", "0"], ["--final-lr-fraction", "2"], ["--schedule", "sine"], ["--seed", "-1"],
         ["--nonsense"], ["--text"], ["--beta1", "1"], ["--beta2", "1"],
     ],

@@ -43,8 +43,10 @@ def check_range(host, limit, allow_ignored):
     bad = (host < (-1 if allow_ignored else 0)) | (host >= limit)
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"from_host: value {int(host[where])} at {list(where)} must lie in 0..{limit - 1}"
-                         + (" or be -1 (not counted)" if allow_ignored else ""))
+        raise ValueError(
+            f"from_host: value {int(host[where])} at {list(where)} must lie in 0..{limit - 1}"
+            + (" or be -1 (not counted)" if allow_ignored else "")
+        )
 
 
 def to_host(array):

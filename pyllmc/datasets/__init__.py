@@ -4,7 +4,8 @@ One module per dataset; it has `HELP`, `add_options(parser)` and `prepare(args)`
 has what they share. train.py calls `prepare_text` for `--text` and for the embedded Shakespeare.
 """
 
-from .common import Prepared, write_tokens
+from ..tokenfile import write_tokens
+from .common import Prepared
 from .shakespeare import SHAKESPEARE
 from .text import prepare_text
 

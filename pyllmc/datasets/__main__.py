@@ -6,9 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import ArgumentParser, run_main
-from . import shakespeare, text
+from . import shakespeare, text, tinyshakespeare, tinystories
 
-DATASETS = {"shakespeare": shakespeare, "text": text}
+DATASETS = {
+    "shakespeare": shakespeare,
+    "tinyshakespeare": tinyshakespeare,
+    "tinystories": tinystories,
+    "text": text,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,99 +1,180 @@
-"""What the datasets share: writing token files, what a prepared folder holds, and their common options.
+"""What the datasets share: what a prepared folder holds, how it is written, text to tokens, their common options.
 
-Called by the modules of the datasets; calls files.py and tokenizer.py. The format is documented in dataloader.py.
+Called by the modules of the datasets; calls documents.py, parallel.py, tokenfile.py, tokenizer.py and hardware.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
-from ..cli import ArgumentParser
-from ..dataloader import HEADER_BYTES, MAGIC, TOKEN, VERSION
-from ..files import atomic_write
-from ..tokenizer import TOKENIZER_FILE, Tokenizer
+from ..cli import ArgumentParser, positive_int
+from ..hardware import usable_cpus
+from ..tokenfile import TokenWriter, token_file
+from ..tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer
+from .documents import Piece
+from .parallel import ordered_map
 
 TRAIN_FILE = "train.bin"
 VAL_FILE = "val.bin"
+TOKENIZERS = ("char", "gpt2")
+BATCH_CHARACTERS = 1 << 20
+
+
+# ---- a prepared folder -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder with train.bin, val.bin and tokenizer.bin, and what they hold."""
+    """A folder with two token files and tokenizer.bin, what they hold, and what there is to say about it."""
 
     folder: Path
     tokenizer: Tokenizer
     num_train: int
     num_val: int
+    train_file: str = TRAIN_FILE
+    val_file: str = VAL_FILE
+    note: str = ""
 
     @property
     def train(self) -> Path:
-        return self.folder / TRAIN_FILE
+        return self.folder / self.train_file
 
     @property
     def val(self) -> Path:
-        return self.folder / VAL_FILE
+        return self.folder / self.val_file
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {self.num_train:,} tokens to train on ({TRAIN_FILE}), {self.num_val:,} held out "
-            f"({VAL_FILE}), vocabulary of {self.tokenizer.vocab_size:,} ({TOKENIZER_FILE})"
+            f"{self.folder}: {self.num_train:,} tokens to train on ({self.train_file}), {self.num_val:,} held out "
+            f"({self.val_file}), vocabulary of {self.tokenizer.vocab_size:,} ({TOKENIZER_FILE})"
+            + (f"\nnote: {self.note}" if self.note else "")
         )
 
 
-class TokenWriter:
-    """Appends tokens to a token file of which the number of tokens is known only at the end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.num_tokens = 0
-        self._file.write(bytes(HEADER_BYTES))
-
-    def append(self, tokens: Iterable[int] | np.ndarray) -> None:
-        """Add ids of any integer type, (n,). ValueError if one does not fit in uint16."""
-        tokens = np.asarray(tokens)
-        if tokens.size == 0:
-            return
-        if not np.issubdtype(tokens.dtype, np.integer) or tokens.ndim != 1:
-            raise ValueError(f"tokens must be integers in one dimension, got {tokens.dtype} of shape {tokens.shape}")
-        if tokens.min() < 0 or tokens.max() > np.iinfo(TOKEN).max:
-            place = int(np.argmax((tokens < 0) | (tokens > np.iinfo(TOKEN).max)))
-            raise ValueError(f"token {self.num_tokens + place} is {tokens[place]}, expected 0 to 65535")
-        self._file.write(tokens.astype(TOKEN).tobytes())
-        self.num_tokens += tokens.size
-
-    def finish(self) -> None:
-        """Write the header, now that the number of tokens is known."""
-        if self.num_tokens >= 2**31:
-            raise ValueError(f"a token file holds fewer than 2^31 tokens, got {self.num_tokens}; write several")
-        header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:3] = MAGIC, VERSION, self.num_tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Makes `folder`, and takes it away again if the block fails and nothing is in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
-def token_file(path: str | os.PathLike) -> Iterator[TokenWriter]:
-    """A writer for a token file, which appears at `path`, complete, when the block ends without an error."""
-    with atomic_write(path) as file:
-        writer = TokenWriter(file)
-        yield writer
-        writer.finish()
+def split_files(
+    folder: Path, tokenizer: Tokenizer, train_file: str = TRAIN_FILE, val_file: str = VAL_FILE
+) -> Iterator[tuple[TokenWriter, TokenWriter]]:
+    """Writers for the part to train on and the part held out. When the block ends without an error the two files and
+    the tokenizer's appear in `folder`; after an error all is as it was."""
+    with new_folder(folder), token_file(folder / train_file) as train, token_file(folder / val_file) as val:
+        yield train, val
+        tokenizer.save(folder / TOKENIZER_FILE)
 
 
-def write_tokens(path: str | os.PathLike, tokens: Iterable[int] | np.ndarray) -> None:
-    """Write one token file: ids (n,), each 0 to 65535. On ValueError or OSError `path` stays as it was."""
-    with token_file(path) as writer:
-        writer.append(tokens)
+# ---- text to tokens --------------------------------------------------------------------------------------------------
 
 
-def add_common_options(parser: ArgumentParser, name: str) -> None:
-    """The options that every dataset has."""
+class Batch(NamedTuple):
+    """Documents, of which the first may be a continuation of the last in the batch before."""
+
+    texts: list[str]
+    continued: bool = False
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
+    """Pieces in batches of about BATCH_CHARACTERS, one at least."""
+    texts: list[str] = []
+    continued, size = False, 0
+    for text, begins in pieces:
+        if not texts:
+            continued = not begins
+        if begins or not texts:
+            texts.append(text)
+        else:
+            texts[-1] += text
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield Batch(texts, continued)
+            texts, size = [], 0
+    if texts:
+        yield Batch(texts, continued)
+
+
+def cut_documents(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The same documents in pieces that the tokenizer may encode one by one."""
+    source = iter(pieces)
+    following = next(source, None)
+
+    def document() -> Iterator[str]:
+        nonlocal following
+        begins = True
+        while following is not None and (begins or not following.begins):
+            text, begins = following.text, False
+            following = next(source, None)
+            yield text
+
+    while following is not None:
+        begins = True
+        for text in tokenizer.cut(document()):
+            yield Piece(text, begins)
+            begins = False
+
+
+def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int | None) -> Iterator[np.ndarray]:
+    """The tokens of documents, each after an end of text, uint16 (n,) at a time. The same for any number of workers
+    (None: one per processor)."""
+    encode = functools.partial(_encode_batch, tokenizer)
+    tokenizer.encode("")  # what it makes at first use, it makes before there are threads
+    return ordered_map(encode, batches(cut_documents(pieces, tokenizer)), workers or default_workers())
+
+
+def _encode_batch(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
+    return tokenizer.encode_documents(batch.texts, batch.continued)
+
+
+def default_workers() -> int:
+    """One per processor; with more than 16, reading is what takes the time."""
+    return min(usable_cpus(), 16)
+
+
+def make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
+    """GPT-2's tokenizer, or one of the characters of the texts, which are read only for that."""
+    if kind == "gpt2":
+        return Tokenizer.gpt2()
+    if kind != "char":
+        raise ValueError(f"tokenizer must be {' or '.join(TOKENIZERS)}, got {kind!r}")
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    return CharTokenizer.from_characters(characters)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def add_common_options(parser: ArgumentParser, name: str, tokenizer: str) -> None:
+    """The options that every dataset has; `tokenizer` is the kind it has by default."""
     parser.add_argument("--output", type=Path, default=Path("data", name), metavar="FOLDER", help="where to write")
-    parser.add_argument("--tokenizer", choices=("char",), default="char", help="what a token is")
+    parser.add_argument(
+        "--tokenizer", choices=TOKENIZERS, default=tokenizer, help="what a token is: GPT-2's byte pairs, or a character"
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, metavar="N", help="threads that tokenise, one per processor by default"
+    )
+
+
+def add_input_option(parser: ArgumentParser, what: str) -> None:
+    """The option of those that are downloaded."""
+    parser.add_argument("--input", type=Path, metavar="FILE", help=f"{what} that is there already, not downloaded")

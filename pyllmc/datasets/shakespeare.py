@@ -17,8 +17,8 @@ SHAKESPEARE = Path(__file__).parent.parent / "assets" / "shakespeare.txt"
 
 
 def add_options(parser: ArgumentParser) -> None:
-    add_common_options(parser, "shakespeare")
+    add_common_options(parser, "shakespeare", "char")
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
-    return prepare_text(SHAKESPEARE, args.output, args.tokenizer)
+    return prepare_text(SHAKESPEARE, args.output, args.tokenizer, workers=args.workers)

@@ -1,137 +1,160 @@
-"""Plain text files to tokens: `python -m pyllmc.datasets text FILE...`, and `prepare_text` for train.py.
+"""Text files to tokens: `python -m pyllmc.datasets text FILE...`, and `prepare_text` for train.py.
 
-The text is read twice, piece by piece: once to find its characters and its length, once to write the tokens. So the
-memory it takes does not depend on its length.
+The program makes GPT-2's tokens unless told otherwise: any text has them, and the files then fit GPT-2's weights and
+llm.c. Characters are for small models on small texts, which is what train.py makes of a text of its own.
+
+How much is held out is known only when all is tokenised; until then the tokens are in a temporary file. So the memory
+this takes does not depend on the length of the text. With characters the text is read twice: once to find them.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import io
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..cli import ArgumentParser
-from ..files import open_regular
-from ..tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer
-from .common import Prepared, add_common_options, token_file
+from ..tokenfile import MAX_TOKENS, TokenWriter
+from ..tokenizer import CharTokenizer, Tokenizer
+from .common import Prepared, add_common_options, encode_pieces, make_tokenizer, split_files
+from .documents import PIECE_BYTES, Piece, read_documents, split_documents
+from .progress import Progress
 
-HELP = "your own text files (UTF-8)"
-PIECE_BYTES = 1 << 20
-
-
-def read_text(path: str | os.PathLike) -> Iterator[str]:
-    """A UTF-8 file in pieces, every line end as a line feed, without the byte-order mark some editors put first.
-
-    Raises OSError, or ValueError with the place of the first byte that is not UTF-8.
-    """
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: is a folder; name the text files in it")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line_ends = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    with open_regular(path) as file:
-        while True:
-            data = file.read(PIECE_BYTES)
-            pending = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                place, byte = offset - pending + error.start, error.object[error.start]
-                raise ValueError(f"{path}: byte {place} (0x{byte:02x}) is not UTF-8; save the file as UTF-8") from None
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
-            offset += len(data)
-            yield line_ends.decode(text, final=not data)
-            if not data:
-                return
+HELP = "your own files: plain text (UTF-8), JSON lines, Parquet"
+TOKEN = np.dtype("<u2")
+COPIED_TOKENS = 1 << 20
 
 
 def prepare_text(
     source: str | Path | Sequence[Path],
     folder: str | os.PathLike,
-    tokenizer: str = "char",
+    tokenizer: str | Tokenizer = "char",
     *,
     held_out: float = 0.1,
     min_tokens: int = 2,
+    field: str = "text",
+    workers: int | None = None,
 ) -> Prepared:
     """Tokenise text into `folder`: train.bin, val.bin, tokenizer.bin, tokenizer.json.
 
-    source      a Path or several: files, each of them a document; a str is the text itself
-    tokenizer   "char": a vocabulary of the text's own characters
+    source      a Path or several: files of the kinds in documents.py; a str is the text itself
+    tokenizer   "char": a vocabulary of the text's own characters; "gpt2"; or a tokenizer that is there already
     held_out    float in (0, 1), the fraction at the end that goes to val.bin
     min_tokens  int, how many tokens either part must have: B * T + 1 for one batch
+    field       where the text is in JSON lines and Parquet
+    workers     int, threads that tokenise; None: one per processor
 
-    Each document begins with the end-of-text token. Raises OSError or ValueError (empty, too short, not UTF-8, too many
-    different characters), naming the file, before anything is written.
+    Each document begins with the end-of-text token. Raises OSError or ValueError (empty, too short, not UTF-8, a
+    character that is not in the vocabulary), naming the file; then `folder` is as it was.
     """
-    if tokenizer != "char":
-        raise ValueError(f"tokenizer must be char, got {tokenizer!r}")
     if not 0 < held_out < 1:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {held_out}")
-    documents = [source] if isinstance(source, (str, Path)) else list(source)
-    characters, num_tokens = _survey(documents)
-    num_val = int(num_tokens * held_out)
-    if min(num_val, num_tokens - num_val) < min_tokens:
-        needed = math.ceil(min_tokens / min(held_out, 1 - held_out))
+    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    if not sources:
+        raise ValueError("there is no file to make tokens of")
+    vocabulary = _vocabulary(sources, field, tokenizer)
+    with split_files(Path(folder), vocabulary) as (train, val), _spool(Path(folder)) as spool:
+        for tokens in encode_pieces(_pieces(sources, field, "tokens"), vocabulary, workers):
+            spool.write(tokens.astype(TOKEN, copy=False).data)
+            _check_not_too_many(spool.tell() // TOKEN.itemsize, held_out)
+        num_tokens = spool.tell() // TOKEN.itemsize
+        num_val = int(num_tokens * held_out)
+        if min(num_val, num_tokens - num_val) < min_tokens:
+            needed = math.ceil(min_tokens / min(held_out, 1 - held_out))
+            raise ValueError(
+                f"{_name(sources[0])}{' and others' if len(sources) > 1 else ''}: {num_tokens:,} tokens are too few: "
+                f"with {held_out:g} of them held out, {needed:,} are needed; use more text, a smaller batch or a "
+                "shorter context"
+            )
+        spool.seek(0)
+        _copy(spool, num_tokens - num_val, train)
+        _copy(spool, num_val, val)
+    return Prepared(Path(folder), vocabulary, train.num_tokens, val.num_tokens)
+
+
+def _vocabulary(sources: Sequence[str | Path], field: str, tokenizer: str | Tokenizer) -> Tokenizer:
+    if isinstance(tokenizer, str):
+        return make_tokenizer(tokenizer, (text for text, _ in _pieces(sources, field, "characters")))
+    if isinstance(tokenizer, CharTokenizer):
+        used = make_tokenizer("char", (text for text, _ in _pieces(sources, field, "characters")))
+        if unknown := sorted(set(used.tokens) - set(tokenizer.tokens) - {used.tokens[used.eot]}):
+            raise ValueError(
+                f"{_name(sources[0])}: has {len(unknown)} characters that the vocabulary has not, such as "
+                f"{unknown[0].decode()!r} (U+{ord(unknown[0].decode()):04X})"
+            )
+    return tokenizer
+
+
+def _pieces(sources: Sequence[str | Path], field: str, what: str) -> Iterator[Piece]:
+    """All documents. ValueError for a source without any text."""
+    with Progress(what, sum(_size(source) for source in sources)) as progress:
+        for source in sources:
+            empty = True
+            for piece in _documents(source, field, progress.advance):
+                empty = False
+                yield piece
+            if empty:
+                raise ValueError(f"{_name(source)}: is empty; there is nothing to learn from it")
+
+
+def _documents(source: str | Path, field: str, report: Callable[[int], object]) -> Iterator[Piece]:
+    if isinstance(source, Path):
+        return read_documents(source, field, report)
+    return split_documents(source[start : start + PIECE_BYTES] for start in range(0, len(source), PIECE_BYTES))
+
+
+def _size(source: str | Path) -> int:
+    return source.stat().st_size if isinstance(source, Path) else len(source)
+
+
+def _name(source: str | Path) -> str:
+    return str(source) if isinstance(source, Path) else "the text"
+
+
+@contextlib.contextmanager
+def _spool(folder: Path):
+    """A temporary file without a name, on the disk where the tokens go."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            yield file
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(
+                error.errno, f"cannot write a temporary file here: {os.strerror(error.errno)}", str(folder)
+            ) from None
+        raise
+
+
+def _check_not_too_many(num_tokens: int, held_out: float) -> None:
+    if num_tokens * max(held_out, 1 - held_out) > MAX_TOKENS:
         raise ValueError(
-            f"{_name(documents[0])}{' and others' if len(documents) > 1 else ''}: {num_tokens:,} tokens are too few: "
-            f"with {held_out:g} of them held out, {needed:,} are needed; use more text, a smaller batch or a shorter "
-            "context"
+            f"these files have more than {num_tokens:,} tokens, more than token files hold; make several datasets of "
+            "them, each with its own --output"
         )
-    vocabulary = CharTokenizer.from_characters(characters)
-    prepared = Prepared(Path(folder), vocabulary, num_tokens - num_val, num_val)
-    prepared.folder.mkdir(parents=True, exist_ok=True)
-    with token_file(prepared.train) as train, token_file(prepared.val) as val:
-        for tokens in _encode(documents, vocabulary):
-            left = prepared.num_train - train.num_tokens
-            train.append(tokens[:left])
-            val.append(tokens[left:])
-        vocabulary.save(prepared.folder / TOKENIZER_FILE)
-    return prepared
 
 
-def _pieces(document: str | Path) -> Iterator[str]:
-    if isinstance(document, Path):
-        return read_text(document)
-    return (document[start : start + PIECE_BYTES] for start in range(0, len(document), PIECE_BYTES))
-
-
-def _name(document: str | Path) -> str:
-    return str(document) if isinstance(document, Path) else "the text"
-
-
-def _survey(documents: Sequence[str | Path]) -> tuple[set[str], int]:
-    """All characters, and how many tokens the documents will make."""
-    characters: set[str] = set()
-    num_tokens = 0
-    for document in documents:
-        length = 0
-        for piece in _pieces(document):
-            characters.update(piece)
-            length += len(piece)
-        if length == 0:
-            raise ValueError(f"{_name(document)}: is empty; there is nothing to learn from it")
-        num_tokens += 1 + length
-    return characters, num_tokens
-
-
-def _encode(documents: Sequence[str | Path], vocabulary: Tokenizer) -> Iterator[np.ndarray]:
-    for document in documents:
-        yield np.array([vocabulary.eot], np.uint16)
-        for piece in _pieces(document):
-            yield vocabulary.encode(piece)
+def _copy(spool, count: int, writer: TokenWriter) -> None:
+    while count:
+        tokens = np.frombuffer(spool.read(min(count, COPIED_TOKENS) * TOKEN.itemsize), TOKEN)
+        writer.append(tokens)
+        count -= len(tokens)
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="text file; each one is a document")
-    add_common_options(parser, "text")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE",
+        help=".jsonl and .ndjson: JSON lines; .parquet; any other: a document of plain text, or several with lines "
+        "<|endoftext|> between them",
+    )  # fmt: skip
+    parser.add_argument("--field", default="text", help="where the text is in JSON lines and Parquet")
+    add_common_options(parser, "text", "gpt2")
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
-    return prepare_text(args.files, args.output, args.tokenizer)
+    return prepare_text(args.files, args.output, args.tokenizer, field=args.field, workers=args.workers)

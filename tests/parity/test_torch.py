@@ -6,6 +6,7 @@ of it transformers; nothing is downloaded.
 
 import functools
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 import pyllmc
-from pyllmc import checkpoint
+from pyllmc import checkpoint, cli, verify
 from pyllmc.config import GPT2Config
 from pyllmc.model import GPT2, initial_parameters
 from pyllmc.optimizer import AdamW
 from pyllmc.rng import TorchGenerator
 from pyllmc.tensors import TENSORS, views
+from pyllmc.tokenfile import write_tokens
 
 torch = pytest.importorskip("torch")
 
@@ -198,11 +200,18 @@ def test_torch_bfloat16_rounding():
     assert np.array_equal(checkpoint.to_bfloat16(values), expected)
 
 
-def test_the_program_writes_what_pyllmc_reads(tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("To be, or not to be, that is the question. " * 30)
-    geometry = ["--layers=2", "--heads=2", "--channels=16", "--context=12", "--batch-size=2", "--seq-len=12"]
-    torch_reference.main([*geometry, f"--text={text}", "--steps=3", f"--output={tmp_path}", "--generate=5", "--clip=1"])
+GEOMETRY = ["--layers=2", "--heads=2", "--channels=16", "--context=12", "--batch-size=2", "--seq-len=12"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question. " * 30)
+    return path
+
+
+def test_the_program_writes_what_pyllmc_reads(tmp_path, text, capsys):
+    torch_reference.main([*GEOMETRY, f"--text={text}", "--steps=3", f"--output={tmp_path}", "--generate=5", "--clip=1"])
     printed = capsys.readouterr().out
     model = GPT2.from_checkpoint(tmp_path / "gpt2.bin")
     state = checkpoint.read_debug_state(tmp_path / "gpt2_debug_state.bin", model.config)
@@ -210,7 +219,71 @@ def test_the_program_writes_what_pyllmc_reads(tmp_path, capsys):
     assert float(model.forward_backward(state.inputs, state.targets)) == pytest.approx(state.loss, abs=1e-5)
     assert np.abs(model.logits(state.inputs) - state.logits).max() <= 1e-5 * np.abs(state.logits).max()
     assert np.linalg.norm(model.flat_grads - state.grads) <= 1e-5 * np.linalg.norm(state.grads)
-    assert f"step 1/3 | loss {state.loss:.6f}" in printed and "mean of the last 2 steps" in printed
+    first = re.search(r"step 1/3 \| loss (\S+) \| norm (\S+) ", printed)
+    assert float(first[1]) == pytest.approx(state.losses[0], abs=2e-6)
+    assert float(first[2]) == pytest.approx(state.norms[0], abs=2e-4)
+    assert len(state.losses) == len(state.norms) == 10 and "mean of the last 2 steps" in printed
     assert checkpoint.read_header(tmp_path / "gpt2_bf16.bin").version == 5
     tokenizer = pyllmc.Tokenizer.load(tmp_path / "gpt2_tokenizer.bin")
     assert tokenizer.decode(state.inputs[0]) == "To be, or no"
+
+
+def verdict(capsys, folder, model, debug):
+    code = cli.run_main(verify.main, [str(folder / model), str(folder / debug)])
+    return code, capsys.readouterr().out.splitlines()[-1]
+
+
+def test_verify_is_right_with_what_the_program_writes(tmp_path, text, capsys):
+    torch_reference.main([*GEOMETRY, f"--text={text}", "--steps=0", f"--output={tmp_path}"])
+    capsys.readouterr()
+    assert verdict(capsys, tmp_path, "gpt2.bin", "gpt2_debug_state.bin") == (0, "right: all 38 agree")
+    # The rounded weights are another model, and have another debug state.
+    assert verdict(capsys, tmp_path, "gpt2_bf16.bin", "gpt2_debug_state.bin")[0] == 1
+    rounded = tmp_path / "rounded"
+    init = [f"--init={tmp_path / 'gpt2_bf16.bin'}", "--batch-size=2", "--seq-len=12", f"--text={text}", "--steps=0"]
+    (tmp_path / "gpt2_tokenizer.bin").rename(tmp_path / "tokenizer.bin")
+    torch_reference.main([*init, f"--output={rounded}"])
+    capsys.readouterr()
+    assert verdict(capsys, tmp_path, "gpt2_bf16.bin", "rounded/gpt2_debug_state.bin") == (0, "right: all 38 agree")
+    with pytest.raises(ValueError, match="gpt2_bf16.bin is in it and may be written over"):
+        torch_reference.main([*init, f"--output={tmp_path}"])
+
+
+def test_steps_of_the_debug_state_are_torchs(tmp_path):
+    """Those of torch's own optimizer and clipping in float32, to the rounding that a few steps make of it."""
+    config, _, _ = GEOMETRIES["odd"]
+    flat, inputs, targets = start("odd")
+    batch = torch.from_numpy(inputs), torch.from_numpy(targets)
+    state = torch_reference.debug_state(config, flat, *batch)
+    model = torch_reference.TorchGPT2(config, flat)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for loss, norm in zip(state.losses, state.norms, strict=True):
+        optimizer.zero_grad()
+        _, found = model(*batch)
+        found.backward()
+        assert found.item() == pytest.approx(loss, abs=1e-5)
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item() == pytest.approx(norm, rel=1e-4)
+        optimizer.step()
+    assert state.norms.max() > 1 and state.losses[-1] < state.losses[0] - 0.01
+
+
+def test_names_of_the_files():
+    """As llm.c's train_gpt2.py has them."""
+    d12, d48 = GPT2Config.from_descriptor("d12"), GPT2Config.from_descriptor("d48")
+    small = GPT2Config(1, 1, 4, 50257, 1024)
+    stems = [("d12", d12), ("gpt2:d48", d48), ("weights.bin", d12), ("weights.bin", d48), ("weights.bin", small)]
+    names = [torch_reference.stem(init, config) for init, config in stems]
+    assert names == ["gpt2_d12", "gpt2_d48", "gpt2_124M", "gpt2_1558M", "gpt2"]
+    assert torch_reference.stem(None, small) == "gpt2"
+
+
+def test_text_becomes_the_tokens_of_the_model(text, capsys):
+    """GPT-2's for a model of its size, and those of a token file as they are."""
+    args = torch_reference.parse_arguments(["--init=d6", f"--text={text}"])
+    tokenizer = torch_reference.load_init(args.init)[2]
+    tokens, _ = torch_reference.load_tokens(args, tokenizer)
+    assert tokens[:4].tolist() == [2514, 307, 11, 393] and tokens.dtype == np.int32
+    write_tokens(text.with_suffix(".bin"), tokens)
+    args = torch_reference.parse_arguments([f"--tokens={text.with_suffix('.bin')}", *GEOMETRY])
+    config, _, found, none = torch_reference.load(args)
+    assert np.array_equal(found, tokens) and none is None and config.vocab_size == tokens.max() + 1

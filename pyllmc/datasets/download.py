@@ -1,0 +1,162 @@
+"""A file from the network: known beforehand by its size and SHA-256, loaded once, gone on with after an interruption.
+
+While it is loaded the file is called NAME.part; it gets its name when its size and SHA-256 are right. A .part that is
+there, from a run that was stopped, is gone on with where the server can do that (Range), and loaded anew where not.
+
+Called by tinyshakespeare.py and tinystories.py; calls requests, which waits and asks again where a server is busy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from ..files import file_size, open_regular, sha256_of
+from ..logs import format_bytes
+from .progress import Progress
+
+ATTEMPTS = 5  # that bring nothing, one after the other
+BACKOFF_SECONDS = 0.5
+TIMEOUT_SECONDS = (10, 60)  # to connect; without any data
+BLOCK_BYTES = 1 << 16  # what a broken connection costs at most
+BUSY = (429, 500, 502, 503, 504)
+
+
+def fetch(address: str, path: Path, *, size: int, sha256: str) -> Path:
+    """`path`, loaded from `address` if it is not there. Raises ValueError if it is, or becomes, another file, OSError
+    if it cannot be loaded or written."""
+    if path.exists():
+        if wrong := _difference(path, size, sha256):
+            raise ValueError(f"{path}: is not the file of {address}: {wrong}; delete it or name another with --input")
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        _download(address, part, size)
+        if wrong := _difference(part, size, sha256):
+            part.unlink()
+            raise ValueError(f"{address}: what came is not the expected file: {wrong}; {_otherwise(part)}")
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, f"cannot write this file: {os.strerror(error.errno)}", str(part)) from None
+        raise
+    return path
+
+
+def refuse_web_page(path: Path) -> None:
+    """ValueError if the file begins as the pages do that one gets in the place of a file."""
+    with open_regular(path) as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise ValueError(f"{path}: is a web page, not the data; download the file itself")
+
+
+def _difference(path: Path, size: int, sha256: str) -> str:
+    """In what a file is not the expected one; empty if it is."""
+    with open_regular(path) as file:
+        found = file_size(file)
+    if found != size:
+        return f"it has {found:,} bytes, expected {size:,}"
+    digest = sha256_of(path)
+    return "" if digest == sha256 else f"its sha256 is {digest}, expected {sha256}"
+
+
+def _otherwise(part: Path) -> str:
+    return f"get {part.stem} in another way and name it with --input FILE"
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _download(address: str, part: Path, size: int) -> None:
+    """Loads what is missing of `part`, in several attempts if the connection breaks."""
+    failures, done = 0, _size(part)
+    with _session() as session, Progress(part.stem, size) as progress:
+        progress.start_at(done)
+        while done < size:
+            response = _ask(session, address, part, done)
+            problem = "the connection ended too early"
+            try:
+                with response:
+                    _write(response, part, done, size, progress)
+            except requests.RequestException as error:
+                problem = _reason(error)
+            done, before = _size(part), done
+            failures = 0 if done > before else failures + 1
+            if failures == ATTEMPTS:
+                there = f"{format_bytes(done)} of {format_bytes(size)} are there; run this again to go on, or "
+                raise OSError(f"cannot download {address}: {problem}; {there if done else ''}{_otherwise(part)}")
+            time.sleep(BACKOFF_SECONDS * failures)
+
+
+def _session() -> requests.Session:
+    # A wait that a server asks for could be days.
+    retry = Retry(
+        total=ATTEMPTS, connect=1, status_forcelist=BUSY, backoff_factor=BACKOFF_SECONDS, raise_on_status=False,
+        respect_retry_after_header=False,
+    )  # fmt: skip
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
+    return session
+
+
+def _ask(session: requests.Session, address: str, part: Path, done: int) -> requests.Response:
+    """The beginning of the answer to a question for the bytes from `done` on."""
+    # Not compressed on the way: sizes and places are those of the file.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = session.get(address, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise OSError(f"cannot download {address}: {_reason(error)}; {_otherwise(part)}") from None
+    return response
+
+
+def _write(response: requests.Response, part: Path, done: int, size: int, progress: Progress) -> None:
+    """Writes the answer behind the `done` bytes that are there, or over them if it is the whole file."""
+    if "text/html" in response.headers.get("Content-Type", ""):
+        raise ValueError(f"{response.url}: is a web page, not the file; {_otherwise(part)}")
+    length = response.headers.get("Content-Length", "")
+    if goes_on := response.status_code == 206:
+        found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range", ""))
+        if found is None or int(found[1]) != done:
+            raise ValueError(f"{response.url}: the server sends another part than it was asked for; {_otherwise(part)}")
+        length = found[2]
+    if length.isdecimal() and int(length) != size:
+        raise ValueError(
+            f"{response.url}: has {int(length):,} bytes now, expected {size:,}: it was changed; {_otherwise(part)}"
+        )
+    place = done if goes_on else 0
+    with open(part, "ab" if goes_on else "wb") as file:
+        for block in response.iter_content(BLOCK_BYTES):
+            place += len(block)
+            if place > size:
+                raise ValueError(f"{response.url}: has more than the expected {size:,} bytes; {_otherwise(part)}")
+            file.write(block)
+            progress.reach(place)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _reason(error: requests.RequestException) -> str:
+    """What went wrong, in a few words; the library's own are a paragraph."""
+    if isinstance(error, requests.HTTPError):
+        return f"the server answers {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout) or "timed out" in str(error):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the server's certificate is not accepted"
+    if isinstance(error, requests.ConnectionError) and error.request is not None:
+        return f"no connection to {urlsplit(error.request.url).netloc}"
+    if isinstance(error, (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)):
+        return "the connection broke"
+    return type(error).__name__

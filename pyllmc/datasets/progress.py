@@ -1,0 +1,69 @@
+"""How far the reading or loading of a large file is: a bar on a terminal, elsewhere a line on stderr every ten seconds.
+
+Called by download.py, text.py and tinystories.py; calls tqdm and, for the figures, logs.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+from ..logs import format_bytes, format_duration, format_share
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts bytes up to `total`; a context manager, at the end of which the bar goes. Short work shows nothing."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._start = self._told = time.monotonic()
+        self._first = 0
+        self._bar: tqdm | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            tqdm.monitor_interval = 0  # as in logs.py: its thread has nothing to do here
+            size = shutil.get_terminal_size()
+            self._bar = tqdm(
+                total=total, desc=label, unit="B", unit_scale=True, leave=False, delay=0.5, ncols=size.columns,
+                nrows=size.lines,
+            )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start_at(self, done: int) -> None:
+        """So much was done before, in no time."""
+        self._done = self._first = done
+        if self._bar is not None:
+            self._bar.n = self._bar.initial = done
+
+    def advance(self, count: int) -> None:
+        """`count` bytes more."""
+        self.reach(self._done + count)
+
+    def reach(self, done: int) -> None:
+        """`done` bytes altogether."""
+        count, self._done = done - self._done, done
+        if self._bar is not None:
+            self._bar.update(count)
+        elif (now := time.monotonic()) - self._told >= SECONDS_BETWEEN_LINES:
+            self._told = now
+            self._tell((done - self._first) / (now - self._start))
+
+    def _tell(self, speed: float) -> None:
+        if sys.stderr is not None:
+            left = format_duration((self._total - self._done) / speed) if speed else "?"
+            print(
+                f"{self._label}: {format_share(self._done / max(1, self._total))} of {format_bytes(self._total)}, "
+                f"{format_bytes(speed)}/s, {left} left",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip

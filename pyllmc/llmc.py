@@ -1,0 +1,169 @@
+"""`python -m pyllmc.llmc`: what llm.c's `train_gpt2cu` does, with its flags and its defaults.
+
+A run script of llm.c works here with its first word replaced: FLAGS maps each flag onto a setting of `pyllmc.train`,
+whose settings, loop, files and messages are those that one finds there. A flag that only says how a GPU should go about
+its work is taken where the result is the same; one that cannot be honoured is an error, never ignored.
+
+Without -o nothing is kept, as with llm.c: the run works in a temporary folder and writes no checkpoint. Calls train.py.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import cli, runs
+from .prepare import Request
+from .settings import FIELDS, Settings
+from .train import train
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of llm.c: its default there, the setting it gives, and what becomes of its value on the way. Without a
+    setting, `takes` are the values that can be honoured, and `because` says why no others, or why all the same."""
+
+    default: Value
+    help: str
+    setting: str = ""
+    convert: Callable[[str], Value | str] = str
+    takes: tuple[str, ...] = ()
+    because: str = ""
+
+
+def _minus_1_is_0(text: str) -> str:
+    """llm.c writes "as many as there are" as -1, the settings as 0."""
+    return "0" if text == "-1" else text
+
+
+def _one_less(text: str) -> str:
+    """llm.c counts the end-of-text token that a sample starts from."""
+    return str(max(1, int(text) - 1))
+
+
+def _never_is_minus_1(text: str) -> str:
+    """llm.c writes "never" as 0, the settings as -1."""
+    return "-1" if text == "0" else text
+
+
+_SEVERAL = "training runs in one process"
+_EVALUATION = "there is no HellaSwag evaluation yet"
+_OUTLIERS = "updates with outlying losses or gradients are not skipped yet"
+_GPU = "it only says how a GPU computes"
+
+FLAGS = {
+    "i": Flag("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "token files to train on (pattern)", "train_data"),
+    "j": Flag("dev/data/tinyshakespeare/tiny_shakespeare_val.bin", "token files to validate on (pattern)", "val_data"),
+    "e": Flag("gpt2_124M_bf16.bin", "model file, or a size for a new model: d12, gpt3:c768", "init"),
+    "o": Flag("", "folder for the log and the checkpoints; without it nothing is kept", "out"),
+    "n": Flag(0, "steps between checkpoints; 0 means none", "checkpoint_every", _never_is_minus_1),
+    "nk": Flag(0, "newest checkpoints to keep; 0 keeps all", "keep_checkpoints"),
+    "nm": Flag(0, "checkpoints at multiples of this step stay for ever", "keep_every"),
+    "y": Flag(0, "1 goes on from the newest checkpoint in -o, if there is one", takes=("0", "1")),
+    "b": Flag(4, "sequences in one batch", "batch_size"),
+    "t": Flag(1024, "tokens of a sequence", "seq_len"),
+    "d": Flag(-1, "tokens in one step, as several batches; -1 means one batch", "total_batch_size", _minus_1_is_0),
+    "x": Flag(-1, "steps; -1 means once through the data", "max_steps", _minus_1_is_0),
+    "k": Flag("cosine", "schedule of the learning rate: cosine, linear, constant, wsd", "schedule"),
+    "l": Flag(3e-4, "peak learning rate", "learning_rate"),
+    "u": Flag(0, "steps of warm-up", "warmup"),
+    "q": Flag(1.0, "the last learning rate, as a fraction of the peak", "final_lr_fraction"),
+    "c": Flag(0.0, "weight decay", "weight_decay"),
+    "v": Flag(20, "steps between validations", "val_every"),
+    "m": Flag(20, "batches in one validation; -1 means all", "val_batches", _minus_1_is_0),
+    "s": Flag(20, "steps between samples of text; 0 means none", "sample_every"),
+    "g": Flag(64, "tokens in a sample", "sample_length", _one_less),
+    "a": Flag(0, "1 trains on the first batch of -j again and again", "overfit"),
+    "f": Flag(1, "TF32", takes=("0", "1"), because="products are float32 whether TF32 is allowed or not"),
+    "w": Flag(1, "master weights", takes=("0", "1"), because="parameters are float32, so they are their own masters"),
+    "r": Flag(1, "recompute", takes=("0", "1"), because="activations are kept, which gives the same results"),
+    "ge": Flag(
+        -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
+    ),
+    "lg": Flag(-1, "steps between lines about the GPU", takes=("-1", "0"), because=_GPU),
+    "h": Flag(0, "HellaSwag; -h alone prints this help", takes=("0",), because=_EVALUATION),
+    "sl": Flag(0.0, "z-score of the loss above which an update is skipped", takes=("0", "0.0"), because=_OUTLIERS),
+    "sg": Flag(0.0, "the same of the gradient's norm", takes=("0", "0.0"), because=_OUTLIERS),
+    "z": Flag(0, "ZeRO stage", takes=("0",), because=_SEVERAL),
+    "pn": Flag(1, "number of processes", takes=("1",), because=_SEVERAL),
+    "pr": Flag(0, "rank of this process", takes=("0",), because=_SEVERAL),
+    "pg": Flag(8, "GPUs of a machine", takes=("1", "8"), because=_SEVERAL),
+    "pi": Flag("mpi", "how processes find one another", takes=("mpi",), because=_SEVERAL),
+    "ps": Flag("", "server of tcp", takes=("",), because=_SEVERAL),
+    "pf": Flag("", "folder of fs", takes=("",), because=_SEVERAL),
+}
+# llm.c's own help calls -pi and -pf by other names.
+ALIASES = {"pi": ("pm",), "pf": ("pp",)}
+
+
+def _parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(
+        prog="python -m pyllmc.llmc",
+        description="Train as llm.c's train_gpt2cu does, with its flags and defaults. What is printed and written is "
+        "what python -m pyllmc.train prints and writes; its --help explains more.",
+        add_help=False,
+    )
+    parser.add_argument("--help", action="help", help="show this, as a bare -h does")
+    for letters, flag in FLAGS.items():
+        names = [f"-{name}" for name in (letters, *ALIASES.get(letters, ()))]
+        # A bare -h has no value.
+        bare = {"nargs": "?", "const": "help"} if letters == "h" else {}
+        shown = f" (default: {flag.default})" if flag.default != "" else ""
+        parser.add_argument(*names, dest=letters, metavar="X", help=flag.help + shown, **bare)
+    return parser
+
+
+def _setting(parser: cli.ArgumentParser, letters: str, text: str) -> Value:
+    """The value of a flag's setting, after the setting's own check."""
+    flag, field = FLAGS[letters], FIELDS[FLAGS[letters].setting]
+    choices = field.metadata["choices"] or (("0", "1") if field.type is bool else None)
+    if choices and text not in choices:
+        parser.error(f"-{letters}: expected one of {', '.join(choices)}, got {text!r}")
+    if field.type is bool:
+        return text == "1"
+    try:
+        return field.metadata["check"](flag.convert(text))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(f"-{letters}: {error}")
+
+
+def read_flags(argv: Sequence[str] | None) -> tuple[dict[str, Value], bool]:
+    """The settings that llm.c's command line asks for, and whether it goes on with a run. The program ends here with
+    its help for a bare -h, with an error for what is no flag, no value, or cannot be honoured."""
+    parser = _parser()
+    given = {letters: text for letters, text in vars(parser.parse_args(argv)).items() if text is not None}
+    if given.get("h") == "help":
+        parser.print_help()
+        parser.exit()
+    for letters, text in given.items():
+        flag = FLAGS[letters]
+        if not flag.setting and text not in flag.takes:
+            reason = f", because {flag.because}" if flag.because else ""
+            parser.error(f"-{letters} {text} ({flag.help}) cannot be honoured{reason}; {' or '.join(flag.takes)} can")
+    settings = {}
+    for letters, flag in FLAGS.items():
+        if flag.setting:
+            settings[flag.setting] = _setting(parser, letters, given.get(letters, str(flag.default)))
+    if settings["overfit"]:
+        settings["train_data"] = settings["val_data"]
+    return settings, given.get("y") == "1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings, resume = read_flags(argv)
+    given = frozenset(settings)
+    if settings["out"]:
+        folder = Path(settings["out"])
+        # A run of llm.c's own has no recipe, but it can be taken over.
+        resume = resume and (runs.has_run(folder) or any(folder.glob("DONE_*")))
+        return train(Request(Settings(**settings), folder, resume, given))
+    with tempfile.TemporaryDirectory(prefix="pyllmc-") as folder:
+        return train(Request(Settings(**settings | {"checkpoint_every": -1}), Path(folder, "run"), False, given))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))

@@ -1,0 +1,346 @@
+"""Getting a training run ready: from its settings to data, tokenizer, model and optimizer, checked together; the plan.
+
+    settings                    where the tokens come from                 where the model comes from
+    text, or nothing            made in the run's folder by datasets       new (layers, heads, channels, context)
+    train_data, val_data        the files that the patterns match          init = a size: new; a .bin: that model
+
+The tokenizer is the one beside the data or beside the model file, else GPT-2's; a new model on a text gets characters.
+
+Called by train.py, whose loop works on the `Run` that comes out, and for its types by llmc.py; calls the modules of
+the run's parts, datasets and hardware.py.
+"""
+
+import filecmp
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hardware
+from .backends import backend
+from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint, read_header
+from .cli import printable
+from .config import GPT2Config
+from .dataloader import DataLoader
+from .datasets import SHAKESPEARE, prepare_text
+from .datasets.common import TRAIN_FILE, VAL_FILE
+from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
+from .model import GPT2
+from .optimizer import AdamW
+from .settings import GEOMETRY, Settings, flag
+from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
+
+# Started by one of these, a process has its number of processes in the environment: Open MPI, MPICH and its kin, SLURM
+# (srun, not sbatch, whose script is one process), torchrun.
+PROCESS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: settings (those of a resumed run come from its folder), where, and whether to go
+    on. `given` names the settings that it, or its recipe, gave; the rest are what they are by default."""
+
+    settings: Settings
+    folder: Path
+    resume: bool
+    given: frozenset[str]
+
+
+@dataclass
+class Run:
+    """Everything that one training run works with. `peak` is the machine's in GFLOP/s, `free_memory` what was free in
+    bytes, where known, before the run took its share; `start` of the `num_steps` steps are done."""
+
+    settings: Settings
+    folder: Path
+    tokenizer: Tokenizer
+    train_loader: DataLoader
+    val_loader: DataLoader | None
+    model: GPT2
+    optimizer: AdamW
+    batches_per_step: int
+    num_steps: int
+    start: int
+    console: Console
+    pace: Pace
+    peak: float
+    free_memory: int | None
+    skipped_in_a_row: int = 0
+    validation_loss: float = math.nan
+
+    @property
+    def num_val_batches(self) -> int:
+        """Batches in one validation: those asked for, at most all there are."""
+        return _num_val_batches(self.settings, self.val_loader)
+
+    @property
+    def unit(self) -> str:
+        """What a token is."""
+        return "character" if isinstance(self.tokenizer, CharTokenizer) else "token"
+
+
+# ---- checks before anything is read or written ----------------------------------------------------------------------
+
+
+def refuse_several_processes(environment) -> None:
+    """ValueError if this process is one of several that a launcher started: each would train the whole model alone."""
+    for name in PROCESS_COUNTS:
+        if (count := environment.get(name, "")).isdigit() and int(count) > 1:
+            raise ValueError(
+                f"started as one of {count} processes ({name}={count}), but training runs in one process; start it "
+                "once, with --threads for the number of threads"
+            )
+
+
+def check_settings(request: Request) -> None:
+    """ValueError for settings that contradict one another."""
+    settings = request.settings
+    if settings.text and settings.train_data:
+        raise ValueError("--text and --train-data both name what to train on; give one of them")
+    if settings.val_data and not settings.train_data:
+        raise ValueError("--val-data goes with --train-data; a text's own last tenth is held out")
+    if settings.tokenizer and settings.train_data:
+        raise ValueError("--tokenizer is for a text; token files have theirs, tokenizer.bin beside them")
+    if settings.init and not request.resume and (useless := [name for name in GEOMETRY if name in request.given]):
+        raise ValueError(f"{flag(useless[0])} is for a new model of your own; --init {settings.init} has its geometry")
+
+
+def existing_config(settings: Settings, checkpoint: Checkpoint | None = None) -> GPT2Config | None:
+    """The geometry of the model that `init` names, a resumed run's from its checkpoint; None for a model of the
+    settings' own geometry. ValueError if there is no such model."""
+    if not settings.init:
+        return None
+    if checkpoint is not None:
+        return read_header(checkpoint.model_path).config
+    if not settings.init.endswith(".bin"):
+        return GPT2Config.from_descriptor(settings.init)
+    if not Path(settings.init).exists():
+        raise ValueError(f"{settings.init}: there is no such model file; name one, or a size such as d12, with --init")
+    return read_header(settings.init).config
+
+
+def new_config(settings: Settings, vocab_size: int) -> GPT2Config:
+    """The geometry in the settings; ValueError if there is no such model."""
+    return GPT2Config(settings.layers, settings.heads, settings.channels, vocab_size, settings.context)
+
+
+def _batch_shape(settings: Settings, config: GPT2Config) -> tuple[int, int, int]:
+    """B, T, and the batches in a step; ValueError if they do not fit the model or one another."""
+    B, T = settings.batch_size, settings.seq_len or config.max_seq_len
+    if T > config.max_seq_len:
+        raise ValueError(f"--seq-len {T} is more than the model's context of {config.max_seq_len}")
+    total = settings.total_batch_size or B * T
+    if total % (B * T):
+        raise ValueError(
+            f"--total-batch-size {total} is no multiple of a batch of {B} x {T} = {B * T} tokens; change it, "
+            "--batch-size or --seq-len"
+        )
+    return B, T, total // (B * T)
+
+
+def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> None:
+    """ValueError if memory or disk cannot hold what training this model takes."""
+    settings, folder = request.settings, request.folder
+    B, T, _ = _batch_shape(settings, config)
+    needed, free = config.training_bytes(B, T), hardware.free_memory()
+    if free is not None and needed > free:
+        smaller = "a smaller --init" if settings.init else "--layers, --channels, --context"
+        raise ValueError(
+            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; reduce "
+            f"{smaller}, --seq-len or --batch-size"
+        )
+    # Parameters, m and v in each checkpoint; a new one is complete before an old one goes.
+    every = settings.checkpoint_every
+    copies = settings.keep_checkpoints + 1
+    if not settings.keep_checkpoints:
+        copies = 1 + (settings.max_steps // every if every > 0 else 0)
+    needed = (0 if every < 0 else copies * 12 * config.num_parameters_padded) + 2 * text_bytes
+    free = hardware.free_disk(folder)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{folder}: the run needs {format_bytes(needed)} of disk, {format_bytes(free)} is free; choose another "
+            "--out, a smaller model or fewer --keep-checkpoints"
+        )
+
+
+# ---- the parts of a run ---------------------------------------------------------------------------------------------
+
+
+def _check_same_text(text: Path, folder: Path, tokenizer: str | Tokenizer, min_tokens: int) -> None:
+    """ValueError if `text` is not what the run in `folder` was trained on."""
+    with tempfile.TemporaryDirectory(prefix=".text-", dir=folder) as again:
+        prepare_text(text, again, tokenizer, min_tokens=min_tokens)
+        names = (TOKENIZER_FILE, TRAIN_FILE, VAL_FILE)
+        if not all(filecmp.cmp(Path(again, name), folder / name, shallow=False) for name in names):
+            raise ValueError(
+                f"{folder}: this run has another text than {text} is now; resume it without --text, or start another "
+                "run with another --out"
+            )
+
+
+def _prepare_text(request: Request, config: GPT2Config | None) -> Tokenizer:
+    """Makes the token files of the text in the run's folder, or checks those that are there; returns their tokenizer.
+    `config` is the model's if it is there already, and has a vocabulary."""
+    settings, folder = request.settings, request.folder
+    tokenizer = settings.tokenizer or "char"
+    if config is not None:
+        folders = [folder] if request.resume else _folder_of_init(settings)
+        tokenizer = find_tokenizer(folders, config.vocab_size)
+        if settings.tokenizer not in ("", tokenizer.kind):
+            raise ValueError(f"--tokenizer {settings.tokenizer}: the tokens of {settings.init} are {tokenizer.kind}")
+    T = settings.seq_len or (config.max_seq_len if config else settings.context)
+    min_tokens = settings.batch_size * T + 1
+    if not request.resume:
+        prepare_text(Path(settings.text or SHAKESPEARE), folder, tokenizer, min_tokens=min_tokens)
+    elif "text" in request.given:
+        _check_same_text(Path(settings.text), folder, tokenizer, min_tokens)
+    return Tokenizer.load(folder / TOKENIZER_FILE)
+
+
+def _folder_of_init(settings: Settings) -> list[Path]:
+    """Where a tokenizer may lie beside the model file, if it is one."""
+    return [Path(settings.init).parent] if settings.init.endswith(".bin") else []
+
+
+def _find_tokenizer_of_data(request: Request, config: GPT2Config | None) -> Tokenizer:
+    """The tokenizer of token files: from the run's folder, beside the files, or beside the model file; else GPT-2's."""
+    settings, folder = request.settings, request.folder
+    folders = [folder, Path(settings.train_data).parent, *_folder_of_init(settings)]
+    tokenizer = find_tokenizer(folders, config.vocab_size if config else None)
+    if not (folder / TOKENIZER_FILE).exists() and not isinstance(tokenizer, TokenIds):
+        tokenizer.save(folder / TOKENIZER_FILE)
+    return tokenizer
+
+
+def _loaders(request: Request, config: GPT2Config, T: int) -> tuple[DataLoader, DataLoader | None]:
+    """The batches to train on, and those to validate on if there are any."""
+    settings, B = request.settings, request.settings.batch_size
+    train, val = settings.train_data, settings.val_data
+    if not train:
+        train, val = request.folder / TRAIN_FILE, request.folder / VAL_FILE
+    train_loader = DataLoader(
+        train, B, T, shuffle=settings.shuffle and not settings.overfit, scatter_rows=settings.scatter_rows,
+        seed=settings.seed, vocab_size=config.vocab_size,
+    )  # fmt: skip
+    return train_loader, DataLoader(val, B, T, vocab_size=config.vocab_size) if val else None
+
+
+def _load_model(checkpoint: Checkpoint, config: GPT2Config) -> GPT2:
+    model = GPT2.from_checkpoint(checkpoint.model_path)
+    if model.config != config:
+        raise ValueError(f"{checkpoint.model_path}: is a {model.config}, the settings beside it say {config}")
+    return model
+
+
+def prepare(request: Request) -> Run:
+    """Data, model and optimizer: new, or from the newest checkpoint in the folder, which the caller has claimed."""
+    settings, folder = request.settings, request.folder
+    checkpoint = find_latest(folder) if request.resume else None
+    if checkpoint is None and request.resume and list_steps(folder):
+        raise ValueError(f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume")
+    config = existing_config(settings, checkpoint)
+    find = _find_tokenizer_of_data if settings.train_data else _prepare_text
+    tokenizer = find(request, config)
+    config = config or new_config(settings, tokenizer.vocab_size)
+    free_memory = hardware.free_memory()
+    check_needs(request, config)
+    B, T, batches_per_step = _batch_shape(settings, config)
+    train_loader, val_loader = _loaders(request, config, T)
+    num_steps = settings.max_steps or train_loader.num_tokens // (batches_per_step * B * T)
+    if num_steps < 1:
+        raise ValueError(
+            f"{settings.train_data or folder}: {train_loader.num_tokens:,} tokens are fewer than one step's "
+            f"{batches_per_step * B * T:,}; reduce --total-batch-size"
+        )
+    if checkpoint is not None:
+        model = _load_model(checkpoint, config)
+    elif settings.init.endswith(".bin"):
+        model = GPT2.from_checkpoint(settings.init)
+    else:
+        model = GPT2(config, settings.seed)
+    optimizer = AdamW(model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, optimizer, train_loader)
+        if checkpoint.step > num_steps:
+            raise ValueError(f"{checkpoint.model_path}: is beyond the run's last step, {num_steps}")
+    # Another process may take its share for a moment: of two measurements the better one is the machine's.
+    peak = hardware.peak_gflops(0.1)
+    pace = _measure_pace(settings, model, train_loader, val_loader, batches_per_step, num_steps)
+    peak = max(peak, hardware.peak_gflops(0.1))
+    return Run(
+        settings, folder, tokenizer, train_loader, val_loader, model, optimizer, batches_per_step, num_steps,
+        checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace, peak, free_memory,
+    )  # fmt: skip
+
+
+def _num_val_batches(settings: Settings, val_loader: DataLoader | None) -> int:
+    if val_loader is None:
+        return 0
+    return min(settings.val_batches or val_loader.num_batches, val_loader.num_batches)
+
+
+def _measure_pace(
+    settings: Settings,
+    model: GPT2,
+    train_loader: DataLoader,
+    val_loader: DataLoader | None,
+    batches_per_step: int,
+    num_steps: int,
+) -> Pace:
+    """The pace to expect, from a forward and backward on the first batch, which leave no trace in the run."""
+    position = train_loader.state_dict()
+    batch = train_loader.next_batch()
+    train_loader.load_state_dict(position)
+    times = []
+    # The first time also allocates; a large model's step takes long enough to be the measure itself.
+    while len(times) < 5 and sum(times) < 3.0:
+        begin = time.perf_counter()
+        float(model.forward_backward(*batch))
+        model.zero_grad()
+        times.append(time.perf_counter() - begin)
+    B, T = batch[0].shape
+    tokens = batches_per_step * B * T
+    pace = Pace(num_steps, tokens, model.config.flops_per_token(T), batches_per_step * min(times))
+    # Validation is all forward, a third of a step.
+    pace.pause("validation", settings.val_every, _num_val_batches(settings, val_loader) * min(times) / 3)
+    return pace
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+def print_plan(run: Run) -> None:
+    """What will be done, on what, and how long it will take."""
+    settings, config, pace = run.settings, run.model.config, run.pace
+    ops, N = backend("cpu"), run.num_steps
+    B, T = run.train_loader.B, run.train_loader.T
+    tokens, unit = run.train_loader.num_tokens, run.unit
+    held_out = f"{run.val_loader.num_tokens:,} held out" if run.val_loader else "none held out"
+    free, threads = run.free_memory, ops.get_num_threads()
+    if settings.train_data:
+        data = {"data": f"{settings.train_data}: {tokens:,} tokens to train on, {held_out}"}
+    else:
+        different = f", {config.vocab_size - 1} different ones" if unit == "character" else ""
+        source = settings.text or "nine plays of Shakespeare, built in"
+        data = {"text": f"{source}: {tokens:,} {unit}s to train on, {held_out}{different}"}
+    accumulated = f"{run.batches_per_step} x " if run.batches_per_step > 1 else ""
+    rows = data | {
+        "model": (f"{settings.init}: " if settings.init else "")
+        + f"{config.num_parameters:,} parameters (layers {config.num_layers}, heads {config.num_heads}, "
+        f"channels {config.channels}, context {config.max_seq_len})",
+        "steps": f"{N:,} of {accumulated}{B} x {T} {unit}s, {N * pace.tokens_per_step / tokens:.2g} times the data; "
+        f"learning rate {settings.learning_rate:g}, {settings.schedule}; seed {settings.seed}",
+        "machine": f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
+        f"peak {run.peak:.0f} GFLOP/s (float32, measured)",
+        "memory": f"{format_bytes(config.training_bytes(B, T))} needed"
+        + (f" of {format_bytes(free)} free" if free is not None else ""),
+        "speed": f"about {format_count(pace.tokens_per_second)} {unit}s/s, {format_share(pace.gflops / run.peak)} "
+        f"of the peak (6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each)",
+        "time": f"about {format_duration(pace.seconds_left(run.start))}",
+        "folder": str(run.folder),
+    }
+    if run.start:
+        rows["resumed"] = f"{run.start:,} steps are done"
+    run.console.line(printable(aligned(list(rows.items())), keep="\n"))
+    run.console.line()

@@ -1,0 +1,183 @@
+"""The drop-in for llm.c's train_gpt2cu: every flag, its default, where its value goes, and what is refused."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyllmc import checkpoint, cli, hardware, llmc, train
+from pyllmc.config import GPT2Config
+from pyllmc.datasets import prepare_text
+from pyllmc.model import GPT2
+from pyllmc.settings import FIELDS, Settings
+from pyllmc.tokenizer import Tokenizer
+
+TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
+SCRIPT = [
+    "-i", "data/train.bin", "-j", "data/val.bin", "-e", "data/model.bin", "-b", "2", "-t", "8", "-x", "4", "-v", "2",
+    "-s", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_folder_with_files(tmp_path, monkeypatch):
+    """Every test works in a folder of its own with token files and a model for them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
+    prepare_text(TEXT, "data")
+    GPT2(GPT2Config(1, 2, 16, Tokenizer.load("data/tokenizer.bin").vocab_size, 16)).save("data/model.bin")
+
+
+def run(*flags: str) -> int:
+    return cli.run_main(llmc.main, [*SCRIPT, *flags])
+
+
+def settings_of(*flags: str) -> Settings:
+    return Settings(**llmc.read_flags(flags)[0])
+
+
+def test_defaults_are_llm_c_s():
+    settings, resume = llmc.read_flags([])
+    assert not resume
+    assert settings == {
+        "train_data": "dev/data/tinyshakespeare/tiny_shakespeare_train.bin",
+        "val_data": "dev/data/tinyshakespeare/tiny_shakespeare_val.bin",
+        "init": "gpt2_124M_bf16.bin", "out": "", "checkpoint_every": -1, "keep_checkpoints": 0, "keep_every": 0,
+        "batch_size": 4, "seq_len": 1024, "total_batch_size": 0, "max_steps": 0, "schedule": "cosine",
+        "learning_rate": 3e-4, "warmup": 0, "final_lr_fraction": 1.0, "weight_decay": 0.0, "val_every": 20,
+        "val_batches": 20, "sample_every": 20, "sample_length": 63, "overfit": False,
+    }  # fmt: skip
+    # What has no flag there is what llm.c does.
+    rest = Settings(**settings)
+    assert (rest.beta1, rest.beta2, rest.grad_clip, rest.seed) == (0.9, 0.95, 1.0, 42)
+    assert rest.shuffle and not rest.scatter_rows and rest.sample_temperature == 1.0
+
+
+def test_every_flag_of_llm_c_is_there():
+    flags = "i j e o lg n nk nm y b t d x k l u q c sl sg v m s g h a f w ge z r pn pr pg pi ps pf".split()
+    assert sorted(llmc.FLAGS) == sorted(flags)
+    for flag in llmc.FLAGS.values():
+        assert (flag.setting in FIELDS) != bool(flag.takes)
+
+
+@pytest.mark.parametrize(
+    "flags, name, value",
+    [
+        ("-i a_*.bin", "train_data", "a_*.bin"), ("-j b.bin", "val_data", "b.bin"), ("-e d12", "init", "d12"),
+        ("-o log", "out", "log"), ("-n 0", "checkpoint_every", -1), ("-n 50", "checkpoint_every", 50),
+        ("-nk 5", "keep_checkpoints", 5), ("-nm 100", "keep_every", 100), ("-b 7", "batch_size", 7),
+        ("-t 64", "seq_len", 64), ("-d -1", "total_batch_size", 0), ("-d 512", "total_batch_size", 512),
+        ("-x -1", "max_steps", 0), ("-x 9", "max_steps", 9), ("-k wsd", "schedule", "wsd"),
+        ("-l 0.0006", "learning_rate", 6e-4), ("-u 700", "warmup", 700), ("-q 0.1", "final_lr_fraction", 0.1),
+        ("-c 0.1", "weight_decay", 0.1), ("-v 250", "val_every", 250), ("-m -1", "val_batches", 0),
+        ("-m 5", "val_batches", 5), ("-s 0", "sample_every", 0), ("-g 144", "sample_length", 143),
+        ("-a 1", "overfit", True),
+    ],
+)  # fmt: skip
+def test_values_arrive(flags, name, value):
+    assert getattr(settings_of(*flags.split()), name) == value
+
+
+def test_overfitting_is_on_the_validation_data():
+    settings = settings_of("-i a.bin", "-a", "1", "-j", "b.bin")
+    assert settings.train_data == settings.val_data == "b.bin"
+
+
+@pytest.mark.parametrize(
+    "flags", ["-y 1", "-r 0", "-r 1", "-f 0", "-w 0", "-ge 2", "-lg -1", "-h 0", "-sl 0", "-z 0", "-pn 1", "-pi mpi"]
+)
+def test_what_gives_the_same_result_is_taken(flags):
+    assert settings_of(*flags.split()) == settings_of()
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("-h 1", "HellaSwag"), ("-z 1", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
+        ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl 7", "not skipped"),
+        ("-sg 7", "not skipped"), ("-r 2", "recompute"), ("-lg 10", "GPU"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
+        ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),
+        ("-a 2", "0, 1"), ("-g x", "-g"),
+        ("-n -5", "at least 0"), ("-Q 1", "-Q"), ("-b", "-b"), ("word", "word"), ("-d -2", "-d"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_an_error(flags, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*flags.split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err
+    assert sorted(os.listdir()) == ["data"]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_bare_h_prints_help(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(llmc.main, [flag])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for letters in llmc.FLAGS:
+        assert re.search(rf"^ +-{letters}\b", out, re.MULTILINE)
+
+
+def test_a_run_keeps_what_o_names():
+    assert run("-o", "log", "-n", "2") == 0
+    assert checkpoint.list_steps("log") == [2, 4]
+    log = Path("log/main.log").read_text()
+    assert re.findall(r"s:(\d+) tel", log) == ["0", "2", "4"] and re.findall(r"s:(\d+) trl", log) == list("0123")
+
+
+def test_the_same_run_by_train():
+    assert run("-o", "log", "-n", "4", "-d", "32", "-c", "0.1", "-u", "2", "-q", "0.1") == 0
+    options = ["--train-data", "data/train.bin", "--val-data", "data/val.bin", "--init", "data/model.bin"]
+    options += ["--batch-size", "2", "--seq-len", "8", "--max-steps", "4", "--val-every", "2", "--sample-every", "0"]
+    options += ["--total-batch-size", "32", "--weight-decay", "0.1", "--warmup", "2", "--final-lr-fraction", "0.1"]
+    assert cli.run_main(train.main, [*options, "--out", "run"]) == 0
+    for name in ("main.log", "model_00000004.bin", "state_00000004_00000.bin"):
+        assert Path("log", name).read_bytes() == Path("run", name).read_bytes()
+
+
+def test_without_o_nothing_is_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "data"))
+    before = sorted(os.listdir("data"))
+    assert run("-n", "2") == 0
+    assert sorted(os.listdir()) == ["data"] and sorted(os.listdir("data")) == before
+    out = capsys.readouterr().out
+    assert "step 4/4 | loss" in out and "checkpoint" not in out
+
+
+def test_y_goes_on_from_the_newest_checkpoint_if_there_is_one():
+    assert run("-o", "whole", "-n", "2") == 0
+    assert run("-o", "parts", "-n", "2", "-y", "1") == 0
+    checkpoint.Checkpoint(Path("parts"), 4).remove()
+    assert run("-o", "parts", "-n", "2", "-y", "1") == 0
+    for name in ("main.log", "model_00000004.bin", "state_00000004_00000.bin"):
+        assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_a_run_of_llm_c_is_taken_over(capsys):
+    """Its folder has model, state and an empty DONE, but no recipe and no tokenizer. Without -y it is not touched."""
+    assert run("-o", "whole", "-n", "2") == 0
+    Path("log").mkdir()
+    for name in ("model_00000002.bin", "state_00000002_00000.bin"):
+        Path("log", name).write_bytes(Path("whole", name).read_bytes())
+    Path("log/DONE_00000002").touch()
+    Path("log/main.log").write_text("s:0 tel:9.9999\ns:0 trl:9.9999 lr:0.000300 norm:1.00\ns:2 trl:1 lr:0 norm:0\n")
+    before = sorted(os.listdir("log"))
+    assert run("-o", "log") == 1
+    assert "not from a training run" in capsys.readouterr().err
+    assert sorted(os.listdir("log")) == before
+    assert run("-o", "log", "-n", "2", "-y", "1") == 0
+    assert "2 steps are done" in capsys.readouterr().out
+    assert np.array_equal(*(checkpoint.read_model(f"{folder}/model_00000004.bin")[1] for folder in ("log", "whole")))
+    assert Path("log/main.log").read_text().startswith("s:0 tel:9.9999\n")
+    assert Path("log/tokenizer.bin").read_bytes() == Path("data/tokenizer.bin").read_bytes()
+
+
+def test_under_mpirun(monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
+    assert run("-o", "log") == 1
+    assert "one of 8 processes" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["data"]
