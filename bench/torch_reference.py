@@ -6,7 +6,7 @@
 
 It starts from pyllmc's initial weights (or a model .bin), steps with torch's AdamW, and writes the model before
 training as float32 and bfloat16, the debug state of the first batch (inputs, targets, logits, loss, gradients, and the
-losses and norms of ten steps on it, see pyllmc/checkpoint.py) and the tokenizer. The debug state is computed in
+losses and norms of ten steps on it, see data/README.md) and the tokenizer. The debug state is computed in
 float64: from initial weights, ten steps let PyTorch's float32 drift 7e-6 in the loss and 1.3e-5 in the norm, more than
 pyllmc's, and `python -m pyllmc.verify`, which compares a build of pyllmc with these files, would measure PyTorch's.
 Needs torch, and nothing else that pyllmc does not need. The parity tests import it.
@@ -26,12 +26,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pyllmc import checkpoint, cli
+from pyllmc import cli, modelfile
 from pyllmc.config import GPT2Config
 from pyllmc.model import initial_parameters
 from pyllmc.tensors import TENSORS, views
 from pyllmc.tokenfile import read_shard
-from pyllmc.tokenizer import CharTokenizer, Tokenizer, find_tokenizer
+from pyllmc.tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
 # What train_gpt2.py of llm.c calls the sizes of GPT-2 where it writes trained weights.
 SIZE_NAMES = {"d12": "124M", "d24": "355M", "d36": "774M", "d48": "1558M"}
@@ -213,7 +213,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def load_init(init: str) -> tuple[GPT2Config, np.ndarray | None, Tokenizer]:
     """What --init names: the configuration, the flat parameters of a file, and the tokenizer."""
     if init.endswith(".bin"):
-        config, flat = checkpoint.read_model(init)
+        config, flat = modelfile.read_model(init)
         return config, flat, find_tokenizer([Path(init).parent], config.vocab_size)
     config = GPT2Config.from_descriptor(init)
     return config, None, find_tokenizer([], config.vocab_size)
@@ -260,19 +260,20 @@ def batches(tokens: np.ndarray, B: int, T: int, same: bool):
 
 
 def stem(init: str | None, config: GPT2Config) -> str:
-    """How the names of the files begin, as train_gpt2.py of llm.c has it: gpt2_d12 starts, gpt2_124M is trained."""
+    """How the names of the files begin: gpt2_d12 starts and gpt2_124M is trained, as train_gpt2.py of llm.c has it, and
+    what has none of its sizes is a model."""
     if init and not init.endswith(".bin"):
         return f"gpt2_{init.rpartition(':')[2]}"
     for descriptor, size in SIZE_NAMES.items():
         if init and config == GPT2Config.from_descriptor(descriptor):
             return f"gpt2_{size}"
-    return "gpt2"
+    return "model"
 
 
-def debug_state(config: GPT2Config, flat: np.ndarray, inputs, targets) -> checkpoint.DebugState:
+def debug_state(config: GPT2Config, flat: np.ndarray, inputs, targets) -> modelfile.DebugState:
     """What float64 makes of one batch: logits, loss, gradients, and the losses and norms of DEBUG_STEPS steps."""
     model = TorchGPT2(config, flat).double()
-    optimizer = make_optimizer(model, **checkpoint.DEBUG_ADAMW)
+    optimizer = make_optimizer(model, **modelfile.DEBUG_ADAMW)
     losses, norms = [], []
     for step in range(DEBUG_STEPS):
         optimizer.zero_grad()
@@ -282,13 +283,13 @@ def debug_state(config: GPT2Config, flat: np.ndarray, inputs, targets) -> checkp
             first = logits.detach().float().numpy(), loss.item(), flat_gradients(model, config)
         # Not torch's clip_grad_norm_, which adds 1e-6 to the norm.
         norm = math.sqrt(sum(parameter.grad.square().sum().item() for parameter in model.parameters()))
-        if norm > checkpoint.DEBUG_MAX_NORM:
+        if norm > modelfile.DEBUG_MAX_NORM:
             for parameter in model.parameters():
-                parameter.grad *= checkpoint.DEBUG_MAX_NORM / norm
+                parameter.grad *= modelfile.DEBUG_MAX_NORM / norm
         optimizer.step()
         losses.append(loss.item())
         norms.append(norm)
-    return checkpoint.DebugState(
+    return modelfile.DebugState(
         inputs.numpy(), targets.numpy(), *first, np.array(losses, np.float32), np.array(norms, np.float32)
     )
 
@@ -299,14 +300,16 @@ def write_files(args, config: GPT2Config, flat: np.ndarray, tokenizer: Tokenizer
     if args.init and Path(args.init).exists() and args.output.samefile(Path(args.init).parent):
         raise ValueError(f"--output {args.output}: {args.init} is in it and may be written over; take another folder")
     name = stem(args.init, config)
-    checkpoint.write_model(args.output / f"{name}.bin", config, flat, "float32")
-    checkpoint.write_model(args.output / f"{name}_bf16.bin", config, flat, "bfloat16")
+    modelfile.write_model(args.output / f"{name}.bin", config, flat, "float32")
+    modelfile.write_model(args.output / f"{name}_bf16.bin", config, flat, "bfloat16")
     state = debug_state(config, flat, inputs, targets)
-    checkpoint.write_debug_state(args.output / f"{name}_debug_state.bin", config, state)
+    modelfile.write_debug_state(args.output / f"{name}_debug_state.bin", config, state)
     print(f"wrote {name}.bin, {name}_bf16.bin and {name}_debug_state.bin in {args.output}")
-    if tokenizer is not None and tokenizer.vocab_size == config.vocab_size:
-        tokenizer.save(args.output / "gpt2_tokenizer.bin")
-        print("wrote gpt2_tokenizer.bin")
+    known = tokenizer is not None and not isinstance(tokenizer, TokenIds)
+    if known and tokenizer.vocab_size == config.vocab_size:
+        file = "gpt2_tokenizer.bin" if tokenizer.kind == "gpt2" else TOKENIZER_FILE
+        tokenizer.save(args.output / file)
+        print(f"wrote {file}")
 
 
 def main(argv=None) -> None:

@@ -1,7 +1,7 @@
 """The one place where a backend is chosen: `backend("cpu")`, `backend("cuda")` or `backend("auto")`.
 
 A backend is a module that exports the op set: pyllmc._ops on the CPU, pyllmc._cuda on NVIDIA GPUs. Called by model.py,
-ops.py and the programs.
+ops.py, hardware.py, prepare.py, verify.py and __main__.py.
 """
 
 from __future__ import annotations

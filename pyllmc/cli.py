@@ -7,19 +7,24 @@ everywhere below; this is the one place that turns them into one line and an exi
     0    done
     1    the input, a file, the memory or the installation does not allow it: `error: ...` on stderr
     2    the command line is wrong: `error: ...` on stderr
+    129  stopped by SIGHUP
     130  stopped with Ctrl-C
     141  whoever was reading the output went away (`... | head`)
+    143  stopped by SIGTERM
 
 Calls nothing else of pyllmc.
 """
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -80,7 +85,8 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
             stream.reconfigure(errors="replace")
     wait_briefly()
     try:
-        code = main(argv) or 0
+        with _unwound_by_signals():
+            code = main(argv) or 0
         if sys.stdout:
             sys.stdout.flush()
         return code
@@ -97,6 +103,26 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
             _abandon_stdout()
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_ERROR
+
+
+@contextlib.contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP end it as an exception does, so that no temporary file is left."""
+
+    def leave(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    # Only the main thread gets signals; what the parent process had ignored (nohup) stays ignored.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _abandon_stdout() -> None:

@@ -7,7 +7,7 @@ the order of the shards anew at every epoch and the order of the samples anew at
 So the B rows of a batch are neighbours in the text, and a small batch sees little of its variety. With scatter_rows
 every row is a sample of its own, drawn as llm.c draws the batches of B = 1: a batch is B of those.
 
-Called by train.py; the files, made by `pyllmc.datasets` or llm.c, are read by tokenfile.py.
+Called by prepare.py; calls tokenfile.py, which reads the files that `pyllmc.datasets` or llm.c made, and rng.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class DataLoader:
     scatter_rows as described above; otherwise the rows of a batch follow one another, as llm.c's do
     vocab_size   int or None; with it, a token >= vocab_size is a ValueError with file and position
     format       of the files, see tokenfile.py; "auto" is what they say they are
-    prefetch     ask the system, at each batch, to have the next one in memory when it is wanted; changes no result
+    prefetch     ask the system, at each batch, to fetch the next one from the disk meanwhile; changes no result. False
+                 to measure what reading costs, and for file systems on which the asking itself takes long
 
     Raises OSError (FileNotFoundError if nothing matches) or ValueError, naming the file, for files that cannot be used:
     wrong header or size, different formats, or fewer than world_size * B * T + 1 tokens.
@@ -76,7 +77,7 @@ class DataLoader:
         self.shuffle, self.prefetch = bool(shuffle), bool(prefetch) and hasattr(os, "posix_fadvise")
         self._sample_rows = 1 if scatter_rows else self.B
         self._sample_tokens = self.world_size * self._sample_rows * self.T
-        self.shards = [read_shard(path, format) for path in _matching(pattern)]
+        self.shards = [read_shard(path, format) for path in matching_files(pattern)]
         for shard in self.shards:
             self._check_shard(shard)
         self._num_samples = [(shard.num_tokens - 1) // self._sample_tokens for shard in self.shards]
@@ -173,7 +174,7 @@ class DataLoader:
             # What is wrong with the next batch shows when it is read.
             with contextlib.suppress(OSError, ValueError):
                 for shard, starts in self._planned[0]:
-                    shard.expect(self._open(shard), starts, self._sample_rows * self.T + 1)
+                    shard.prefetch(self._open(shard), starts, self._sample_rows * self.T + 1)
         return inputs, targets
 
     def _open(self, shard: Shard):
@@ -250,7 +251,7 @@ def _permutation(order, n: int, what: str) -> np.ndarray:
     return np.array(order, np.int32)
 
 
-def _matching(pattern: str | os.PathLike) -> list[str]:
+def matching_files(pattern: str | os.PathLike) -> list[str]:
     """The files that a path or a glob pattern names, sorted by the bytes of their names, as C's glob sorts them."""
     pattern = os.fspath(pattern)
     # A file whose name contains [ or * is meant literally.

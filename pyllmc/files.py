@@ -1,8 +1,8 @@
-"""Reading and writing whole files safely.
+"""Reading and writing whole files safely, and the header that llm.c's formats share.
 
 Every file but the growing main.log and the lock of a run's folder is written through `atomic_write`: under its final
-name there is either the whole new content or what was there before, whatever fails in between. Called by checkpoint.py,
-the tokenizer, the datasets and the programs; imports only the standard library.
+name there is either the whole new content or what was there before, whatever fails in between. Files that belong
+together go through `atomic_writes`. Called by all modules that read or write a file; imports only the standard library.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ import hashlib
 import os
 import secrets
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# The first number of every binary file of this family, and what such a file is: to say what was given for another.
+# llm.c's files start with 256 int32, little-endian, the slots; the formats: data/README.md.
+SLOTS = struct.Struct("<256i")
+
+# The first number of every binary file of this family, its magic, and what such a file is: to say what was given for
+# another.
 KINDS_BY_MAGIC = {
     20240326: "a model",
     20240327: "a debug state",
@@ -37,27 +42,48 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     that is flushed too. An OSError while writing (a full disk, a read-only folder) is raised again with the final
     path in it, and leaves what was at `path` untouched.
     """
-    # A rename would put a regular file in the place of a device or a pipe.
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: cannot be written: it is there and not a regular file")
+    with atomic_writes(path) as (file,):
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_writes(*paths: str | os.PathLike) -> Iterator[list[BinaryIO]]:
+    """Binary files to write to, one for each path: as `atomic_write`, for files that belong together.
+
+    All of them are flushed to the disk before the first takes its final name, so whatever fails until then (the block,
+    a full disk) leaves all the paths untouched. An OSError while writing to several files names their folder.
+    """
+    for path in paths:
+        # A rename would put a regular file in the place of a device or a pipe.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: cannot be written: it is there and not a regular file")
     # A link is written through, as open() would.
-    final = Path(os.path.realpath(path))
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    finals = [Path(os.path.realpath(path)) for path in paths]
+    temporaries = [final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp") for final in finals]
     try:
-        # Unlike tempfile's files, which only their owner can read, this one gets the permissions the umask gives.
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-        _sync_folder(final.parent)
+        with contextlib.ExitStack() as stack:
+            # Unlike tempfile's files, which only their owner can read, these get the permissions the umask gives.
+            files = [stack.enter_context(open(temporary, "xb")) for temporary in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, final in zip(temporaries, finals, strict=True):
+            os.replace(temporary, final)
+        for folder in {final.parent for final in finals}:
+            _sync_folder(folder)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # A write error carries no name, one of open or rename that of the temporary file: name the file that was asked
-        # for. An error with another name comes from the caller's block and stays as it is.
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, f"cannot write this file: {os.strerror(error.errno)}", str(path)) from None
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        # A write error carries no name, one of open or rename that of the temporary file: name what was asked for. An
+        # error with another name comes from the caller's block and stays as it is.
+        names = {str(temporary): str(path) for temporary, path in zip(temporaries, paths, strict=True)}
+        names[None] = str(paths[0] if len(paths) == 1 else Path(paths[0]).parent)
+        if isinstance(error, OSError) and error.errno and error.filename in names:
+            what = "this file" if error.filename or len(paths) == 1 else "the files here"
+            message = f"cannot write {what}: {os.strerror(error.errno)}"
+            raise OSError(error.errno, message, names[error.filename]) from None
         raise
 
 
@@ -83,12 +109,37 @@ def file_size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
+def check_magic(path: str | os.PathLike, found: int, *expected: int) -> None:
+    """ValueError unless `found`, the first number of the file, is one of `expected`, the magics of one kind of file."""
+    if found in expected:
+        return
+    kind = KINDS_BY_MAGIC[expected[0]]
+    if found in KINDS_BY_MAGIC:
+        raise ValueError(f"{path}: not {kind} but {KINDS_BY_MAGIC[found]}")
+    raise ValueError(f"{path}: not {kind}: magic is {found}, expected {' or '.join(map(str, expected))}")
+
+
 def read_exact(file: BinaryIO, n: int, what: str) -> bytes:
     """Exactly `n` bytes; ValueError naming the file and `what` was being read if it ends before."""
     data = file.read(n)
     if len(data) != n:
         raise ValueError(f"{file.name}: ends inside {what}: {n} bytes needed, {len(data)} found; the file is truncated")
     return data
+
+
+def read_slots(file: BinaryIO, magic: int) -> tuple[int, ...]:
+    """The 256 numbers that an open file starts with; ValueError unless the first is this magic."""
+    slots = SLOTS.unpack(read_exact(file, SLOTS.size, "the header"))
+    check_magic(file.name, slots[0], magic)
+    return slots
+
+
+def check_size(file: BinaryIO, expected: int, what: str) -> None:
+    """ValueError if an open file has not the size in bytes that is expected for `what`."""
+    found = file_size(file)
+    if found != expected:
+        problem = "the file is truncated" if found < expected else "the file is damaged or of another kind"
+        raise ValueError(f"{file.name}: {found} bytes found, {expected} expected for {what}; {problem}")
 
 
 def read_into(file: BinaryIO, buffer, what: str) -> None:

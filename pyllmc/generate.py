@@ -8,7 +8,7 @@ the text goes on from there.
 Several samples are decoded together, up to GROUP at a time: the weights, which are most of what a token reads, are then
 read once for all. Each sample has coins of its own, and the same text in any company.
 
-Calls model.py, tokenizer.py, rng.py, hardware.py; the program also checkpoint.py.
+Called by train.py; calls model.py, tokenizer.py, rng.py, hardware.py; the program also checkpoint.py and modelfile.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli, hardware
+from . import checkpoint, cli, hardware, modelfile
 from .config import GPT2Config
 from .model import GPT2, DecodeCache
 from .rng import Xorshift64Star
@@ -294,6 +294,8 @@ def _text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterator[int]) -> It
 def find_model(named: Path | None) -> Path:
     """The model file that was named, or the newest whole one in the folder that was named, or in all of out/."""
     if named is not None and not named.is_dir():
+        if not named.exists():
+            raise ValueError(f"{named}: there is no such model file; name one, or the folder of a run")
         return named
     root = named or OUT
     done = list(root.glob("DONE_*") if named else root.rglob("DONE_*"))
@@ -338,7 +340,7 @@ def parse_arguments(argv: Sequence[str] | None):
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     path = find_model(args.checkpoint)
-    config = checkpoint.read_header(path).config  # so that a wrong file is told before what is beside it
+    config = modelfile.read_header(path).config  # so that a wrong file is told before what is beside it
     try:
         tokenizer = find_tokenizer([path.parent], config.vocab_size)
     except ValueError as error:

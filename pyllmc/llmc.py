@@ -2,12 +2,15 @@
 
 A run script of llm.c works here with its first word replaced: FLAGS maps each flag onto a setting of `pyllmc.train`,
 whose settings, loop, files and messages are those that one finds there. A flag that only says how a GPU should go about
-its work is taken where the result is the same; one that cannot be honoured is an error, never ignored.
+its work is taken where the result is the same; one that cannot be honoured is an error, never ignored. As with llm.c a
+run that goes on may be given other flags, another learning rate or more steps; its folder's recipe follows them.
 
-Without -o nothing is kept, as with llm.c: the run works in a temporary folder and writes no checkpoint. Calls train.py.
+Without -o nothing is kept, as with llm.c: the run works in a temporary folder and writes no checkpoint. Calls train.py,
+settings.py, prepare.py for the request, and runs.py.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -42,7 +45,7 @@ def _minus_1_is_0(text: str) -> str:
 
 def _one_less(text: str) -> str:
     """llm.c counts the end-of-text token that a sample starts from."""
-    return str(max(1, int(text) - 1))
+    return str(max(1, cli.positive_int(text) - 1))
 
 
 def _never_is_minus_1(text: str) -> str:
@@ -53,7 +56,7 @@ def _never_is_minus_1(text: str) -> str:
 _SEVERAL = "training runs in one process"
 _EVALUATION = "there is no HellaSwag evaluation yet"
 _OUTLIERS = "updates with outlying losses or gradients are not skipped yet"
-_GPU = "it only says how a GPU computes"
+_GPU = "there is no GPU to tell of"
 
 FLAGS = {
     "i": Flag("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "token files to train on (pattern)", "train_data"),
@@ -84,10 +87,10 @@ FLAGS = {
     "ge": Flag(
         -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
     ),
-    "lg": Flag(-1, "steps between lines about the GPU", takes=("-1", "0"), because=_GPU),
+    "lg": Flag(-1, "steps between lines about the GPU", takes=("-1",), because=_GPU),
     "h": Flag(0, "HellaSwag; -h alone prints this help", takes=("0",), because=_EVALUATION),
-    "sl": Flag(0.0, "z-score of the loss above which an update is skipped", takes=("0", "0.0"), because=_OUTLIERS),
-    "sg": Flag(0.0, "the same of the gradient's norm", takes=("0", "0.0"), because=_OUTLIERS),
+    "sl": Flag(0.0, "z-score of the loss above which an update is skipped", takes=("0",), because=_OUTLIERS),
+    "sg": Flag(0.0, "the same of the gradient's norm", takes=("0",), because=_OUTLIERS),
     "z": Flag(0, "ZeRO stage", takes=("0",), because=_SEVERAL),
     "pn": Flag(1, "number of processes", takes=("1",), because=_SEVERAL),
     "pr": Flag(0, "rank of this process", takes=("0",), because=_SEVERAL),
@@ -131,6 +134,14 @@ def _setting(parser: cli.ArgumentParser, letters: str, text: str) -> Value:
         parser.error(f"-{letters}: {error}")
 
 
+def _same(text: str, value: str) -> bool:
+    """Whether both are one text, or one number."""
+    try:
+        return float(text) == float(value)
+    except ValueError:
+        return text == value
+
+
 def read_flags(argv: Sequence[str] | None) -> tuple[dict[str, Value], bool]:
     """The settings that llm.c's command line asks for, and whether it goes on with a run. The program ends here with
     its help for a bare -h, with an error for what is no flag, no value, or cannot be honoured."""
@@ -141,7 +152,9 @@ def read_flags(argv: Sequence[str] | None) -> tuple[dict[str, Value], bool]:
         parser.exit()
     for letters, text in given.items():
         flag = FLAGS[letters]
-        if not flag.setting and text not in flag.takes:
+        if not text and flag.default:
+            parser.error(f"-{letters}: expected a value, got an empty one")
+        if not flag.setting and not any(_same(text, value) for value in flag.takes):
             reason = f", because {flag.because}" if flag.because else ""
             parser.error(f"-{letters} {text} ({flag.help}) cannot be honoured{reason}; {' or '.join(flag.takes)} can")
     settings = {}
@@ -153,8 +166,22 @@ def read_flags(argv: Sequence[str] | None) -> tuple[dict[str, Value], bool]:
     return settings, given.get("y") == "1"
 
 
+def _in_flags(message: str) -> str:
+    """A message of the training program with llm.c's flags in the place of its options."""
+    letters = {flag.setting.replace("_", "-"): f"-{letters}" for letters, flag in FLAGS.items() if flag.setting}
+    letters["resume"] = "-y 1"
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: letters.get(match[1], match[0]), message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     settings, resume = read_flags(argv)
+    try:
+        return _train(settings, resume)
+    except ValueError as error:
+        raise ValueError(_in_flags(str(error))) from error
+
+
+def _train(settings: dict[str, Value], resume: bool) -> int:
     given = frozenset(settings)
     if settings["out"]:
         folder = Path(settings["out"])
@@ -162,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = resume and (runs.has_run(folder) or any(folder.glob("DONE_*")))
         return train(Request(Settings(**settings), folder, resume, given))
     with tempfile.TemporaryDirectory(prefix="pyllmc-") as folder:
-        return train(Request(Settings(**settings | {"checkpoint_every": -1}), Path(folder, "run"), False, given))
+        settings["checkpoint_every"] = -1
+        return train(Request(Settings(**settings), Path(folder, "run"), False, given, temporary=True))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     s:250 tel:2.0312                               validation loss before update 250
     s:250 trl:2.0731 lr:0.002912 norm:0.61         loss, learning rate and gradient norm of update 250
 
-`Console` is used by train.py; `MainLog` writes the file and `read_main_log` reads it for plot.py. Figures are written
-the same way everywhere by the `format_` functions. Calls tqdm for the bar.
+`Console` is made by prepare.py and written to by train.py; `MainLog` writes the file and `read_main_log` reads it for
+plot.py. Figures are written the same way everywhere by the `format_` functions. Calls files.py, and tqdm for the bar.
 """
 
 import contextlib
@@ -85,18 +85,27 @@ class MainLog:
             kept = [line for line in lines if (match := _LINE.fullmatch(line)) and int(match[1]) < resume_step]
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in kept).encode("ascii"))
+        self._path = os.fspath(path)
         self._file = open(path, "a", encoding="ascii", buffering=1)
+
+    def _write(self, line: str) -> None:
+        try:
+            self._file.write(line + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write this file: {error.strerror}", self._path) from None
 
     def validation(self, step: int, loss: float) -> None:
         """The validation loss before update `step`."""
-        self._file.write(f"s:{step} tel:{loss:.4f}\n")
+        self._write(f"s:{step} tel:{loss:.4f}")
 
     def train(self, step: int, loss: float, learning_rate: float, norm: float) -> None:
         """The figures of update `step`."""
-        self._file.write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}\n")
+        self._write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written has been told.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
@@ -120,8 +129,9 @@ def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
 class Pace:
     """How fast a run goes, and from that the time it has left.
 
-    The time per step is an exponential average (0.95, corrected for its start as Adam's moments are); before the first
-    step it is what was expected. Validations, samples and checkpoints are `pauses`: as long as the last of their kind.
+    The time per step is an exponential average (0.95, corrected for its start as Adam's moments are), without the first
+    step, which also makes room for what later ones use; until the second it is what was expected. Validations, samples
+    and checkpoints are `pauses`: as long as the last of their kind.
     """
 
     SMOOTHING = 0.95
@@ -132,11 +142,15 @@ class Pace:
         self.flops_per_token = flops_per_token
         self._expected = expected_seconds
         self._sum = 0.0
+        self._steps = 0
         self._count = 0
         self._pauses: dict[str, tuple[int, float]] = {}
 
     def step(self, seconds: float) -> None:
         """One more step took `seconds`."""
+        self._steps += 1
+        if self._steps == 1:
+            return
         self._count += 1
         self._sum = self.SMOOTHING * self._sum + (1 - self.SMOOTHING) * seconds
 

@@ -1,7 +1,8 @@
 """GPT-2: logits, loss, and gradients, as two flat lists of op calls over preallocated buffers.
 
 The model holds flat buffers cut into named views (tensors.py) and calls the ops of one backend; it never asks which one
-it has, so the float64 reference of the tests runs it too. Called by the training loop, the generator and notebooks.
+it has, so the float64 reference of the tests runs it too. Called by prepare.py, generate.py, verify.py, the training
+loop and notebooks; calls tensors.py, config.py, rng.py for new weights and modelfile.py for saved ones.
 
 `GPT2._forward` and `GPT2._backward` are the whole network, the second the first read from the bottom up.
 """
@@ -13,7 +14,7 @@ import os
 
 import numpy as np
 
-from . import checkpoint
+from . import modelfile
 from .backends import backend
 from .config import GPT2Config
 from .hardware import require_memory
@@ -60,12 +61,12 @@ class GPT2:
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, *, ops=None) -> GPT2:
         """The model in a llm.c model file, version 1, 3 or 5."""
-        config, params = checkpoint.read_model(path)
+        config, params = modelfile.read_model(path)
         return cls(config, ops=ops, params=params)
 
     def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
         """Writes the parameters as a llm.c model file: "float32" is version 3, "bfloat16" version 5."""
-        checkpoint.write_model(path, self.config, self.ops.to_host(self.flat_params), dtype)
+        modelfile.write_model(path, self.config, self.ops.to_host(self.flat_params), dtype)
 
     # ---- the three verbs ---------------------------------------------------------------------------------------------
 

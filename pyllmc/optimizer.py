@@ -1,6 +1,7 @@
 """AdamW over the model's flat buffers, and gradient clipping.
 
-Called by the training loop after forward_backward; calls the ops adamw_update and global_norm.
+Called by train.py after forward_backward, and by prepare.py and verify.py; calls the ops adamw_update and global_norm,
+and hardware.py and tensors.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import ArgumentParser, run_main
+from .cli import ArgumentParser, printable, run_main
 from .files import atomic_write
 from .logs import read_main_log
 
@@ -72,6 +72,8 @@ def _draw(runs: dict[str, dict]):
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    # A folder's name may hold anything, also what a picture's text takes for a formula.
+    runs = {printable(name).replace("$", r"\$"): curves for name, curves in runs.items()}
     for index, (name, curves) in enumerate(runs.items()):
         _draw_run(axes, curves, *_labels_and_colours(name, index, len(runs)))
     _scale(axes, runs)

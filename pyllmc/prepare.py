@@ -19,14 +19,15 @@ from pathlib import Path
 
 from . import hardware
 from .backends import backend
-from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint, read_header
+from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint
 from .cli import printable
 from .config import GPT2Config
-from .dataloader import DataLoader
+from .dataloader import DataLoader, matching_files
 from .datasets import SHAKESPEARE, prepare_text
 from .datasets.common import TRAIN_FILE, VAL_FILE
 from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
 from .model import GPT2
+from .modelfile import read_header
 from .optimizer import AdamW
 from .settings import GEOMETRY, Settings, flag
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
@@ -39,12 +40,14 @@ PROCESS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SL
 @dataclass(frozen=True)
 class Request:
     """What a command line asks for: settings (those of a resumed run come from its folder), where, and whether to go
-    on. `given` names the settings that it, or its recipe, gave; the rest are what they are by default."""
+    on. `given` names the settings that it, or its recipe, gave; the rest are what they are by default. A `temporary`
+    folder goes away with the run."""
 
     settings: Settings
     folder: Path
     resume: bool
     given: frozenset[str]
+    temporary: bool = False
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Run:
 
     @property
     def num_val_batches(self) -> int:
-        """Batches in one validation: those asked for, at most all there are."""
+        """Batches in one validation."""
         return _num_val_batches(self.settings, self.val_loader)
 
     @property
@@ -102,7 +105,7 @@ def check_settings(request: Request) -> None:
         raise ValueError("--val-data goes with --train-data; a text's own last tenth is held out")
     if settings.tokenizer and settings.train_data:
         raise ValueError("--tokenizer is for a text; token files have theirs, tokenizer.bin beside them")
-    if settings.init and not request.resume and (useless := [name for name in GEOMETRY if name in request.given]):
+    if settings.init and (useless := [name for name in GEOMETRY if name in request.given]):
         raise ValueError(f"{flag(useless[0])} is for a new model of your own; --init {settings.init} has its geometry")
 
 
@@ -145,10 +148,10 @@ def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> No
     B, T, _ = _batch_shape(settings, config)
     needed, free = config.training_bytes(B, T), hardware.free_memory()
     if free is not None and needed > free:
-        smaller = "a smaller --init" if settings.init else "--layers, --channels, --context"
+        remedy = "choose a smaller --init" if settings.init else "reduce --layers, --channels or --context"
         raise ValueError(
-            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; reduce "
-            f"{smaller}, --seq-len or --batch-size"
+            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; {remedy}, or "
+            "reduce --seq-len or --batch-size"
         )
     # Parameters, m and v in each checkpoint; a new one is complete before an old one goes.
     every = settings.checkpoint_every
@@ -179,7 +182,7 @@ def _check_same_text(text: Path, folder: Path, tokenizer: str | Tokenizer, min_t
             )
 
 
-def _prepare_text(request: Request, config: GPT2Config | None) -> Tokenizer:
+def _tokens_of_text(request: Request, config: GPT2Config | None) -> Tokenizer:
     """Makes the token files of the text in the run's folder, or checks those that are there; returns their tokenizer.
     `config` is the model's if it is there already, and has a vocabulary."""
     settings, folder = request.settings, request.folder
@@ -203,10 +206,10 @@ def _folder_of_init(settings: Settings) -> list[Path]:
     return [Path(settings.init).parent] if settings.init.endswith(".bin") else []
 
 
-def _find_tokenizer_of_data(request: Request, config: GPT2Config | None) -> Tokenizer:
+def _tokenizer_of_files(request: Request, config: GPT2Config | None) -> Tokenizer:
     """The tokenizer of token files: from the run's folder, beside the files, or beside the model file; else GPT-2's."""
     settings, folder = request.settings, request.folder
-    folders = [folder, Path(settings.train_data).parent, *_folder_of_init(settings)]
+    folders = [folder, Path(matching_files(settings.train_data)[0]).parent, *_folder_of_init(settings)]
     tokenizer = find_tokenizer(folders, config.vocab_size if config else None)
     if not (folder / TOKENIZER_FILE).exists() and not isinstance(tokenizer, TokenIds):
         tokenizer.save(folder / TOKENIZER_FILE)
@@ -240,8 +243,7 @@ def prepare(request: Request) -> Run:
     if checkpoint is None and request.resume and list_steps(folder):
         raise ValueError(f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume")
     config = existing_config(settings, checkpoint)
-    find = _find_tokenizer_of_data if settings.train_data else _prepare_text
-    tokenizer = find(request, config)
+    tokenizer = _tokenizer_of_files(request, config) if settings.train_data else _tokens_of_text(request, config)
     config = config or new_config(settings, tokenizer.vocab_size)
     free_memory = hardware.free_memory()
     check_needs(request, config)
@@ -277,7 +279,8 @@ def prepare(request: Request) -> Run:
 def _num_val_batches(settings: Settings, val_loader: DataLoader | None) -> int:
     if val_loader is None:
         return 0
-    return min(settings.val_batches or val_loader.num_batches, val_loader.num_batches)
+    # As with llm.c, more than there are go round.
+    return settings.val_batches or val_loader.num_batches
 
 
 def _measure_pace(

@@ -6,8 +6,8 @@
     main.log loss.png               the losses (logs.py, plot.py)
     model_* state_* DONE_*          checkpoints (checkpoint.py)
 
-Used by train.py alone: `claimed` is the block in which a run owns its folder. Calls settings.py, and takes
-the names of the data files from datasets and tokenizer.py.
+Called by train.py and llmc.py: `claimed` is the block in which a run owns its folder. Calls settings.py, and takes the
+names of the data files from datasets and tokenizer.py.
 """
 
 import contextlib

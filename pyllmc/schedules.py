@@ -1,6 +1,6 @@
 """Learning-rate schedules: cosine, linear, constant and warm-up/stable/decay, with llm.c's formulas.
 
-Called by the training loop once per step; imports only math.
+Called by train.py once per step, and by settings.py for their names; imports only math.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 A run's settings are the table's values, which are llm.c's, overridden by a recipe (a TOML file, packaged or the
 user's), overridden by the command line. Between the table and those stands the default recipe, unless they name a model
 or token files to start from. The run's folder keeps all of them as `recipe.toml`, which is itself a recipe and what
-`--resume` reads. Called by train.py, prepare.py, llmc.py; calls cli.py for the checks.
+`--resume` reads. Called by train.py, prepare.py, runs.py and llmc.py; calls cli.py and
+schedules.py for the checks, and files.py.
 """
 
 import argparse
 import difflib
+import glob
 import json
 import tomllib
 from collections.abc import Callable
@@ -16,8 +18,9 @@ from importlib import resources
 from pathlib import Path
 
 from . import cli
-from .files import atomic_write
+from .files import atomic_write, open_regular
 from .schedules import SCHEDULES
+from .tokenizer import KINDS
 
 DEFAULT_RECIPE = "shakespeare"
 RECIPE_FILE = "recipe.toml"
@@ -74,7 +77,7 @@ class Settings:
     )
     tokenizer: str = option(
         str, "what a token of the text is; by default what the model knows, a character for a new one", "",
-        choices=("char", "gpt2"),
+        choices=tuple(KINDS),
     )  # fmt: skip
     train_data: str = option(str, "token files to train on, instead of a text: a path or a pattern", "", metavar="GLOB")
     val_data: str = option(
@@ -112,7 +115,7 @@ class Settings:
     seed: int = option(cli.seed, "seed of new weights and of the order of the data", 42)
     threads: int = option(_count_or_zero, "CPU threads; 0 takes all there are", 0, result=False)
     out: str = option(
-        str, "the run's folder; by default out/ and the name of the recipe, the text or the data", "",
+        str, "the run's folder; by default out/ and the name of the text, the recipe, the data or the model", "",
         metavar="FOLDER", result=False,
     )  # fmt: skip
     val_every: int = option(_count_or_zero, "steps between validations; 0 means only at the end", 20, result=False)
@@ -140,6 +143,7 @@ GEOMETRY = ("layers", "heads", "channels", "context")
 # Where the data and the model come from. Any of these but the text makes a run that stands on the table, not on the
 # default recipe, which is for a small new model.
 PATHS = ("text", "train_data", "val_data", "init")
+PATTERNS = ("train_data", "val_data")
 
 
 def flag(name: str) -> str:
@@ -152,7 +156,7 @@ def add_options(parser: cli.ArgumentParser, defaults: dict) -> None:
     `defaults`, which has all settings."""
     for name, setting in FIELDS.items():
         metadata, default = setting.metadata, defaults[name]
-        if setting.type is bool:
+        if setting.type is bool:  # types are classes here: this module's annotations are not strings
             how = {"action": argparse.BooleanOptionalAction, "default": None}
             default = "yes" if default else "no"
         else:
@@ -175,6 +179,8 @@ def _checked(name: str, value, source: str):
         raise ValueError(f"{source}: {name} must be {what}, got {value!r}")
     if setting.type is bool:
         return value
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{source}: {name} must be a string without NUL characters")
     # What is left out needs no choice: the empty string of a saved run.
     if choices and value and value not in choices:
         raise ValueError(f"{source}: {name} must be one of {', '.join(choices)}, got {value!r}")
@@ -195,7 +201,8 @@ def load_recipe(name: str) -> dict:
     wrong with it. The relative paths in a file count from the file's folder."""
     if name.endswith(".toml"):
         try:
-            content = Path(name).read_text(encoding="utf-8")
+            with open_regular(name) as file:
+                content = file.read().decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{name}: not a recipe: it is not UTF-8 text") from None
     elif name in recipe_names():
@@ -210,13 +217,20 @@ def load_recipe(name: str) -> dict:
     values = {key: _checked(key, value, name) for key, value in values.items()}
     for key in PATHS:
         if values.get(key) and _is_path(key, values[key]):
-            values[key] = str(Path(name).parent / values[key])
+            values[key] = _in_folder(Path(name).parent, values[key], key)
     return values
 
 
 def _is_path(name: str, value: str) -> bool:
     """Whether a setting of PATHS names files: `init` may be a size instead."""
     return name != "init" or value.endswith(".bin")
+
+
+def _in_folder(folder: Path, value: str, name: str) -> str:
+    """The path, or pattern, of a setting of PATHS, counted from `folder`, whose own name is no pattern."""
+    if name in PATTERNS and glob.has_magic(value) and not Path(value).is_absolute():
+        folder = Path(glob.escape(str(folder)))
+    return str(folder / value)
 
 
 def base_settings(asked: dict) -> dict:
@@ -250,7 +264,7 @@ def save_recipe(settings: Settings, path: str | Path) -> None:
         if value == "":
             continue
         if name in PATHS and _is_path(name, value):
-            value = str(Path(value).absolute())
+            value = _in_folder(Path.cwd(), value, name)
         # JSON's numbers and strings are TOML's too, but for one character that TOML wants escaped.
         literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         lines.append(f"{name} = {literal}")
@@ -260,11 +274,14 @@ def save_recipe(settings: Settings, path: str | Path) -> None:
 
 def check_resumable(recorded: dict, asked: dict, folder: Path) -> None:
     """ValueError if `asked` changes a setting on which the result of the run in `folder` depends. `recorded` has all
-    settings. The text may have moved: prepare.py compares what is in it."""
+    settings. The text may have moved: prepare.py compares what is in it, and says that a model that was there has a
+    geometry of its own."""
     for name, value in asked.items():
+        if recorded["init"] and name in GEOMETRY:
+            continue
         before = recorded[name]
         if name in PATHS and value and before and _is_path(name, value):
-            value, before = Path(value).absolute(), Path(before).absolute()
+            value, before = (_in_folder(Path.cwd(), path, name) for path in (value, before))
         if FIELDS[name].metadata["result"] and name != "text" and value != before:
             raise ValueError(
                 f"{folder}: this run has {name} = {recorded[name]}, and {flag(name)} {value} was asked for; resume it "

@@ -1,8 +1,9 @@
 """The tensors of GPT-2 in one table, and flat buffers cut into named views.
 
 Every other module that needs a parameter's name, shape or kind reads it here: the configuration counts with it, the
-model and the optimizer cut their flat buffers with it, the checkpoint writes in its order, bench/torch_reference.py
-takes the Hugging Face names from it. It is called by config.py, model.py, optimizer.py and checkpoint.py.
+model and the optimizer cut their flat buffers with it, modelfile.py writes in its order, bench/torch_reference.py takes
+the Hugging Face names from it. Called by config.py, model.py, optimizer.py, modelfile.py, statefile.py, generate.py and
+verify.py.
 
 Shapes are written in letters: B batch, T sequence length, C channels, L layers, NH heads, V vocabulary, Vp padded
 vocabulary, maxT context length. A number before a letter multiplies it: "3C".
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .config import GPT2Config
 
 FLOAT_BYTES = 4
@@ -113,6 +116,12 @@ def tensor_shapes(config: GPT2Config, rows: int | None = None) -> dict[str, tupl
 def num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
     """The number of elements in all the shapes, as a Python integer: it cannot overflow."""
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_flat(array: np.ndarray, size: int, what: str) -> None:
+    """ValueError, which begins with `what`, unless this NumPy array is flat float32 of so many elements."""
+    if array.dtype != "float32" or array.shape != (size,) or not array.flags.c_contiguous:
+        raise ValueError(f"{what} must be a flat float32 array of {size}, got {array.dtype} {array.shape}")
 
 
 def views(flat, config: GPT2Config) -> dict[str, object]:

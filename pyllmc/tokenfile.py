@@ -1,17 +1,4 @@
-"""Token files in the three formats that llm.c has had: what they are, reading and writing them.
-
-    format    magic      version   the tokens                      from 0 to
-    uint16    20240520   1         uint16 from byte 1024 on        65535
-    uint32    20240801   7         uint32 from byte 1024 on        2^31 - 1
-    int32     none       none      int32 from byte 0 on            2^31 - 1
-
-    offset   type      the header of uint16 and uint32 (all is little endian)
-    0        int32     magic
-    4        int32     version
-    8        int32     number of tokens n, less than 2^31 in every format
-    12       int32     zeros up to byte 1024
-
-The file ends with the last token: it has 1024 + 2 n or 1024 + 4 n bytes, or 4 n where there is no header.
+"""Token files in the three formats that llm.c has had (FORMATS): reading and writing them. The format: data/README.md.
 
 llm.c wrote `int32` until May 2024, always GPT-2's tokens. Nothing in such a file says what it is, so format="auto"
 takes a file for one only if it can be nothing else: its size is a multiple of 4, the first number is no magic of this
@@ -23,7 +10,7 @@ vocabulary.
 Files are read with pread, not mapped, so that one that shrinks is an error and not a crash. One whose size or time of
 change is not what it was when the file was first looked at is an error too.
 
-Called by dataloader.py and the datasets; calls files.py.
+Called by dataloader.py and the datasets (common.py, text.py); calls files.py and config.py.
 """
 
 from __future__ import annotations
@@ -37,14 +24,14 @@ from typing import BinaryIO
 import numpy as np
 
 from .config import GPT2_VOCAB_SIZE
-from .files import KINDS_BY_MAGIC, atomic_write, open_regular
+from .files import KINDS_BY_MAGIC, atomic_write, check_magic, open_regular
 
 HEADER_BYTES = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_TOKEN = 2**31 - 1
 
-# What is asked for ahead goes in pieces: of a larger one Linux fetches only a part, of this size or more.
-AHEAD_BYTES = 1 << 17
+# The system is asked for pieces of this size: of a larger one Linux fetches only a part, of this size or more.
+PREFETCH_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -66,6 +53,7 @@ FORMATS = {
     "uint32": Format(20240801, 7, np.dtype("<u4"), MAX_TOKEN),
     "int32": Format(None, None, np.dtype("<i4"), MAX_TOKEN),
 }
+_BY_MAGIC = {format.magic: name for name, format in FORMATS.items() if format.magic}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -106,12 +94,12 @@ class Shard:
             raise ValueError(self._describe_wrong(starts[row] + column, int(tokens[row, column]), vocab_size))
         return tokens
 
-    def expect(self, file: BinaryIO, starts: Sequence[int], count: int) -> None:
+    def prefetch(self, file: BinaryIO, starts: Sequence[int], count: int) -> None:
         """Have the system begin to fetch what `read` will be asked for, without waiting for it, where it can."""
         for start in starts:
             offset, size = self._extent(start, count)
-            for at in range(offset, offset + size, AHEAD_BYTES):
-                os.posix_fadvise(file.fileno(), at, min(AHEAD_BYTES, offset + size - at), os.POSIX_FADV_WILLNEED)
+            for at in range(offset, offset + size, PREFETCH_BYTES):
+                os.posix_fadvise(file.fileno(), at, min(PREFETCH_BYTES, offset + size - at), os.POSIX_FADV_WILLNEED)
 
     def _read_bytes(self, file: BinaryIO, offset: int, size: int) -> bytes:
         data = os.pread(file.fileno(), size, offset)
@@ -159,14 +147,14 @@ def read_shard(path: str | os.PathLike, format: str = "auto") -> Shard:
         stamp = size, _ = _stamp(file)
         start = file.read(HEADER_BYTES)
     numbers = np.frombuffer(start, "<i4", len(start) // 4)
-    told = _told_by_magic(path, numbers)
-    if told is None and (format == "int32" or format == "auto" and size % 4 == 0 and _may_be_text(numbers)):
+    magic = int(numbers[0]) if len(numbers) else None
+    told = _BY_MAGIC.get(magic)
+    if magic not in KINDS_BY_MAGIC and (
+        format == "int32" or format == "auto" and size % 4 == 0 and _may_be_text(numbers)
+    ):
         told = "int32"
-    if told is None and len(numbers) == HEADER_BYTES // 4:
-        magics = " or ".join(str(known.magic) for known in FORMATS.values() if known.magic)
-        raise ValueError(
-            f"{path}: magic is {numbers[0]}, expected {magics}: not a token file; python -m pyllmc.datasets makes them"
-        )
+    if told is None and (magic in KINDS_BY_MAGIC or len(numbers) == HEADER_BYTES // 4):
+        check_magic(path, magic, *_BY_MAGIC)
     if told == "int32":
         count = _count_without_header(path, size)
     elif len(numbers) < HEADER_BYTES // 4:
@@ -181,17 +169,6 @@ def read_shard(path: str | os.PathLike, format: str = "auto") -> Shard:
 def _stamp(file: BinaryIO) -> tuple[int, int]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
-
-
-def _told_by_magic(path: str, numbers: np.ndarray) -> str | None:
-    """The format whose magic comes first, or None; ValueError if it is the magic of another kind of file."""
-    magic = int(numbers[0]) if len(numbers) else None
-    for name, format in FORMATS.items():
-        if magic is not None and magic == format.magic:
-            return name
-    if magic in KINDS_BY_MAGIC:
-        raise ValueError(f"{path}: not a token file but {KINDS_BY_MAGIC[magic]}")
-    return None
 
 
 def _may_be_text(numbers: np.ndarray) -> bool:

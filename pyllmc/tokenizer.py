@@ -1,17 +1,12 @@
 """Text to token ids and back: characters, and GPT-2's byte pairs.
 
-Used by `pyllmc.datasets` (text to token files), `pyllmc.generate` and `pyllmc.train` (ids to text). Reads and writes
-llm.c's `tokenizer.bin`: every token's bytes in id order, so that the file alone is enough to decode, and, because the
-merge rank of a GPT-2 token is its id, to encode too. The kind stands in a small JSON file beside it. GPT-2's own table
-is in the package (assets/README.md), so nothing is downloaded; tiktoken merges the bytes.
+Reads and writes llm.c's `tokenizer.bin`: every token's bytes in id order, so that the file alone is enough to decode,
+and, because the merge rank of a GPT-2 token is its id, to encode too. The kind stands in a small JSON file beside it.
+GPT-2's own table is in the package (assets/README.md), so nothing is downloaded; tiktoken merges the bytes. The format:
+data/README.md.
 
-    offset   type       tokenizer.bin (little endian)
-    0        uint32     magic 20240328
-    4        uint32     version: 1 or 2; 2 is written
-    8        uint32     number of tokens; version 1: always 50257
-    12       uint32     id of the end of text; version 1: not there, 50256
-    16       uint32     zeros up to byte 1024
-    1024                for each id in order: uint8 length (1 to 255), then that many bytes
+Called by the datasets (text to ids), generate.py and prepare.py (ids to text), and runs.py for the file's name; calls
+files.py and config.py.
 """
 
 from __future__ import annotations
@@ -28,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import GPT2_VOCAB_SIZE
-from .files import atomic_write, file_size, open_regular
+from .files import atomic_writes, check_magic, file_size, open_regular
 
 MAGIC = 20240328
 HEADER_BYTES = 1024
@@ -40,11 +35,14 @@ GPT2_TABLE = Path(__file__).parent / "assets" / "gpt2_tokenizer.bin"
 
 # How GPT-2 cuts text into pieces before it merges bytes (Radford et al. 2019): English clitics, then words, numbers and
 # runs of other signs, each with the space before it, then white space but for its last character. `++` and the case of
-# white space at the end change no match; they only keep the matcher from remembering every character of a run.
+# white space at the end (`\s++$`) change no match; they only keep tiktoken's regex engine from backtracking.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# Within a text it must remember, and about a million in one run are too many for it. Cutting such a run out changes no
-# token: it begins after a piece, and all of it but its last character is one piece.
+# In `\s+(?!\S)` the engine has to backtrack: it keeps a place to go back to for each character of a run of white space,
+# and fails on a run of about a million. So runs of _LONG or more that do not end the text are cut out of it first, but
+# for their last character, and encoded alone. That changes no token, because this is a piece of its own anyway: no
+# piece that begins before a run goes on into it, and where other characters follow, the pattern takes all of the run
+# but its last character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG = 100_000
 _LONG_WHITE_SPACE = re.compile(f"(?<![{_WHITE}])[{_WHITE}]{{{_LONG},}}+(?=[^{_WHITE}])")
@@ -111,11 +109,18 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` (version 2) and its kind into the `.json` file of the same name."""
+        contents = self.contents(path)
+        with atomic_writes(*contents) as files:
+            for file, content in zip(files, contents.values(), strict=True):
+                file.write(content)
+
+    def contents(self, path: str | os.PathLike) -> dict[Path, bytes]:
+        """The files that `save` writes, and what into them."""
         path = Path(path)
-        with atomic_write(path) as file:
-            file.write(tokenizer_bytes(self.tokens, self.eot))
-        with atomic_write(path.with_suffix(".json")) as file:
-            file.write(json.dumps({"kind": self.kind}).encode() + b"\n")
+        return {
+            path: tokenizer_bytes(self.tokens, self.eot),
+            path.with_suffix(".json"): json.dumps({"kind": self.kind}).encode() + b"\n",
+        }
 
     @staticmethod
     def load(path: str | os.PathLike) -> Tokenizer:
@@ -289,7 +294,7 @@ class TokenIds(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(b" %d" % self._checked(token) for token in ids)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def contents(self, path: str | os.PathLike) -> dict[Path, bytes]:
         raise ValueError(f"{path}: cannot be written: the text of these {self.vocab_size} token ids is not known")
 
 
@@ -349,8 +354,7 @@ def _read_tokens(path: Path) -> tuple[list[bytes], int]:
     if len(data) != size:
         raise ValueError(f"{path}: the file changed while it was read")
     magic, version, count, eot = (int(field) for field in np.frombuffer(data, "<u4", 4))
-    if magic != MAGIC:
-        raise ValueError(f"{path}: magic is {magic}, expected {MAGIC}: not a tokenizer file")
+    check_magic(path, magic, MAGIC)
     if version not in (1, 2):
         raise ValueError(f"{path}: version is {version}, expected 1 or 2")
     if version == 1:

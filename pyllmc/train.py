@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import cli, hardware, runs
-from .checkpoint import Checkpoint, list_steps, remove_old_checkpoints, save_checkpoint
+from .checkpoint import list_steps, remove_old_checkpoints, save_checkpoint
 from .datasets import SHAKESPEARE
 from .generate import stream_text
 from .logs import MainLog, format_duration
@@ -131,7 +131,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def _loop(run: Run, log: MainLog, stop: Stop) -> int:
     """Trains to the end, or to the step in which it is asked to stop; returns how many updates are done, and saved."""
     settings, console, last = run.settings, run.console, run.num_steps
-    step, saved = run.start, run.start or None
+    step, saved = run.start, run.start if run.start in list_steps(run.folder) else None
 
     def stopping() -> bool:
         return stop.signal is not None or console.lost is not None
@@ -212,16 +212,7 @@ def _save(run: Run, step: int) -> None:
         raise ValueError(
             f"step {step}: training diverged: the norm of the parameters is {norm:g}; {_what_is_left(run)}"
         )
-    if step in list_steps(run.folder):
-        # The checkpoint that the run came from is what would be saved now. Any other was damaged, see below.
-        if step == run.start:
-            return
-        Checkpoint(run.folder, step).remove()
     checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader)
-    # A later one was damaged, or the run would have gone on from it.
-    for later in list_steps(run.folder):
-        if later > step:
-            Checkpoint(run.folder, later).remove()
     if not run.skipped_in_a_row:
         remove_old_checkpoints(run.folder, run.settings.keep_checkpoints, run.settings.keep_every)
     run.pace.pause("checkpoint", run.settings.checkpoint_every, time.perf_counter() - begin)
@@ -293,16 +284,15 @@ def train(request: Request) -> int:
             print(f"the run that was in {folder} is now in {os.path.relpath(moved)}\n", flush=True)
         ready = prepare(request)
         print_plan(ready)
-        if not runs.has_run(folder):
-            save_recipe(settings, folder / RECIPE_FILE)
-        return _train(ready, request.resume)
+        save_recipe(settings, folder / RECIPE_FILE)
+        return _train(ready, request)
 
 
-def _train(run: Run, resume: bool) -> int:
+def _train(run: Run, request: Request) -> int:
     """The loop with its log, its bar and its signals, and what is said and drawn at the end; returns the exit code."""
     console, folder = run.console, run.folder
     begin = time.perf_counter()
-    with Stop() as stop, contextlib.closing(MainLog(folder / LOG_FILE, run.start if resume else None)) as log:
+    with Stop() as stop, contextlib.closing(MainLog(folder / LOG_FILE, run.start if request.resume else None)) as log:
         console.start(run.start)
         with contextlib.closing(console):
             done = _loop(run, log, stop)
@@ -316,6 +306,8 @@ def _train(run: Run, resume: bool) -> int:
     seconds = format_duration(time.perf_counter() - begin)
     losses = f": validation loss {run.validation_loss:.4f} nats per {run.unit}" if run.val_loader else ""
     console.line(f"done in {seconds}{losses}")
+    if request.temporary:
+        return 0
     try:
         plot_losses(folder)
     except ImportError as error:

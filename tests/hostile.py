@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyllmc import checkpoint
+from pyllmc import checkpoint, modelfile, statefile
 from pyllmc.config import GPT2Config
 from pyllmc.dataloader import DataLoader
 from pyllmc.model import GPT2
@@ -70,14 +70,14 @@ def without_padding(data, version, before=0):
 
 def make_model(version, folder):
     path = folder / "model.bin"
-    checkpoint.write_model(path, CONFIG, parameters(), "bfloat16" if version == 5 else "float32")
+    modelfile.write_model(path, CONFIG, parameters(), "bfloat16" if version == 5 else "float32")
     if version == 1:
         path.write_bytes(without_padding(path.read_bytes(), 1))
 
 
 def read_model(folder):
-    header = checkpoint.read_header(folder / "model.bin")
-    config, flat = checkpoint.read_model(folder / "model.bin")
+    header = modelfile.read_header(folder / "model.bin")
+    config, flat = modelfile.read_model(folder / "model.bin")
     assert config == header.config
     assert flat.dtype == np.float32 and flat.shape == (config.num_parameters_padded,)
     assert not flat[config.vocab_size * config.channels : config.padded_vocab_size * config.channels].any()
@@ -86,15 +86,15 @@ def read_model(folder):
 def make_debug_state(version, folder):
     tokens, steps = np.array([[1, 2, 3], [4, 0, 1]], np.int32), np.array([2, 1.5], np.float32)
     logits = np.ones((*tokens.shape, CONFIG.vocab_size), np.float32)
-    state = checkpoint.DebugState(tokens, tokens, logits, 1.5, parameters(), steps, steps)
+    state = modelfile.DebugState(tokens, tokens, logits, 1.5, parameters(), steps, steps)
     path = folder / "debug.bin"
-    checkpoint.write_debug_state(path, CONFIG, state)
+    modelfile.write_debug_state(path, CONFIG, state)
     if version == 1:
         path.write_bytes(without_padding(path.read_bytes(), 1, 2 * tokens.nbytes + logits.nbytes + 4))
 
 
 def read_debug_state(folder):
-    state = checkpoint.read_debug_state(folder / "debug.bin", CONFIG)
+    state = modelfile.read_debug_state(folder / "debug.bin", CONFIG)
     B, T = state.inputs.shape
     assert B > 0 and 0 < T <= CONFIG.max_seq_len and state.targets.shape == (B, T)
     assert state.inputs.dtype == state.targets.dtype == np.int32
@@ -126,9 +126,9 @@ def make_checkpoint(shuffle, masters, folder):
     saved.remove()
     checkpoint.save_checkpoint(folder, STEP, optimizer.model, optimizer, loader, {"seed": 7, "settings": {"out": "x"}})
     if masters:
-        state = checkpoint.read_state(saved.state_path, CONFIG.num_parameters_padded)
+        state = statefile.read_state(saved.state_path, CONFIG.num_parameters_padded)
         state.masters = parameters()
-        checkpoint.write_state(saved.state_path, state)
+        statefile.write_state(saved.state_path, state)
 
 
 def read_training_state(shuffle, folder):
@@ -249,6 +249,15 @@ JSON = (
     b"\xff",
     b'{"kind":',
 )
+
+
+def patched(path, slot, value):
+    """A file beside this one, patched.bin, with one of its int32 changed."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<i", data, 4 * slot, value)
+    other = path.with_name("patched.bin")
+    other.write_bytes(data)
+    return other
 
 
 def flip_bits(rng, data, others):

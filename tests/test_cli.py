@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -115,3 +116,27 @@ def test_types(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="expected"):
             kind(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_unwinds_the_program(number, tmp_path):
+    """Blocks end as after an exception: a file that was being written is gone."""
+    program = (
+        "import os, signal, sys; from pyllmc import cli, files\n"
+        "def main(argv):\n"
+        "    with files.atomic_write('t.bin') as file:\n"
+        f"        file.write(b'x'); os.kill(os.getpid(), {int(number)}); signal.pause()\n"
+        "sys.exit(cli.run_main(main))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False, timeout=60)
+    assert result.returncode == 128 + number
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.run_main(lambda argv: int(signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

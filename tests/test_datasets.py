@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import cli
+from pyllmc import cli, runs
 from pyllmc.dataloader import DataLoader
 from pyllmc.datasets import SHAKESPEARE, __main__, documents, prepare_text
 from pyllmc.datasets import common as datasets_common
-from pyllmc.datasets.parallel import one_ahead, ordered_map
+from pyllmc.datasets.common import split_files
+from pyllmc.datasets.parallel import ordered_map, prefetch
 from pyllmc.datasets.progress import Progress
+from pyllmc.settings import RECIPE_FILE, RUN_MARK
+from pyllmc.tokenfile import write_tokens
 from pyllmc.tokenizer import CharTokenizer, TokenIds, Tokenizer
 
 SHAKESPEARE_SHA256 = "b9f095e784f3ec2349dd082d053d828aa52728610f7cc145dc0847de2fa2b3cc"
@@ -237,6 +240,72 @@ def test_arguments_of_prepare_text(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_text_that_cannot_be_cut_is_refused_where_it_would_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(datasets_common, "MAX_UNCUT", 100)
+    told = "the text has more than 100 characters without white space, or of nothing else"
+    for text in ("a" * 200, "word " + "a" * 200 + " word", " " * 200, "ab " * 50 + "a" * 200):
+        (tmp_path / "t.txt").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            prepare_text(tmp_path / "t.txt", tmp_path / "out", "gpt2")
+    assert os.listdir(tmp_path) == ["t.txt"]
+    (tmp_path / "t.txt").write_text(f"{'a' * 80} " * 5 + "\n<|endoftext|>\n" + "b" * 80 + " word" * 50)
+    prepare_text(tmp_path / "t.txt", tmp_path / "out", "gpt2")
+    prepare_text("a" * 200, tmp_path / "char", "char")
+
+
+# ---- what is there already -------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run_is_refused_before_anything_is_read(tmp_path, capsys):
+    folder = tmp_path / "run"
+    prepare_text("the text of a run", folder, min_tokens=1)
+    (folder / RECIPE_FILE).write_text(RUN_MARK)
+    before = content_of(folder)
+    for name, words in (("text", ["none.txt"]), ("shakespeare", []), ("tinyshakespeare", []), ("tinystories", [])):
+        assert run(name, *words, "--output", folder) == cli.EXIT_ERROR
+        told = f"error: {folder}: is the folder of a training run; choose another --output\n"
+        assert capsys.readouterr().err == told
+    assert content_of(folder) == before and runs.has_run(folder)
+
+
+def test_a_dataset_made_before_is_replaced(tmp_path):
+    for tokenizer in ("gpt2", "char", "char"):
+        prepare_text(f"some text in {tokenizer}" * 9, tmp_path / "again", tokenizer)
+        prepare_text(f"some text in {tokenizer}" * 9, tmp_path / tokenizer, tokenizer)
+        assert content_of(tmp_path / "again") == content_of(tmp_path / tokenizer)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.bin", "tokenizer.json"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path, capsys, name, beside):
+    (tmp_path / "t.txt").write_text("some text " * 20)
+    if beside:
+        prepare_text("the text that was before", tmp_path / "out")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / name).write_bytes(b'{"model": "somebody\'s own"}')
+    before = content_of(tmp_path / "out")
+    assert run("text", tmp_path / "t.txt", "--output", tmp_path / "out") == cli.EXIT_ERROR
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path}/out/{name}: ") and "this file is not replaced: move it, or choose" in err
+    assert err.count("\n") == 1 and content_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_an_input_is_not_replaced(tmp_path, capsys, link):
+    # As int32 these are tokens, and as UTF-8 a text.
+    path = tmp_path / "train.bin"
+    write_tokens(path, np.full(200, 97), "int32")
+    if link:
+        path = tmp_path / "text.txt"
+        getattr(path, link)(tmp_path / "train.bin")
+    before = content_of(tmp_path)
+    for tokenizer in ("char", "gpt2"):
+        assert run("text", path, "--output", tmp_path, "--tokenizer", tokenizer) == cli.EXIT_ERROR
+        told = f"error: {tmp_path}/train.bin: is what the tokens are to be made of; choose another folder to write to\n"
+        assert capsys.readouterr().err == told and content_of(tmp_path) == before
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +360,8 @@ def test_threads_hand_errors_on():
             results.extend(ordered_map(fail, range(100), workers))
         assert results == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="item 4"):
-        list(one_ahead(map(fail, range(9))))
-    assert list(one_ahead(range(5))) == [0, 1, 2, 3, 4] and list(one_ahead([])) == []
+        list(prefetch(map(fail, range(9))))
+    assert list(prefetch(range(5))) == [0, 1, 2, 3, 4] and list(prefetch([])) == []
 
 
 # ---- what is shown, what is left behind ------------------------------------------------------------------------------
@@ -334,6 +403,24 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, capsys):
     assert code == cli.EXIT_ERROR
     assert re.fullmatch(rf"error: {tmp_path}/out: cannot write .*: File too large\n", capsys.readouterr().err)
     assert os.listdir(tmp_path) == ["t.txt"]
+
+
+@pytest.mark.parametrize("too_large", ["train", "val", "tokenizer"])
+def test_a_full_disk_leaves_the_dataset_that_was_there(tmp_path, too_large):
+    """Whichever file there is no room for, be it only when the last bytes are written."""
+    prepare_text("the text that was before", tmp_path, min_tokens=1)
+    before = content_of(tmp_path)
+    tokenizer = Tokenizer.gpt2() if too_large == "tokenizer" else CharTokenizer.from_text("another text")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught, split_files(tmp_path, tokenizer, inputs=[]) as (train, val):
+            for part, name in ((train, "train"), (val, "val")):
+                part.append(np.full(1200 if name == too_large else 12, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path) and "cannot write the files here" in caught.value.strerror
+    assert content_of(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,11 @@ def with_story(data):
 
 
 BAD_ARCHIVES = {
+    "nothing held out": (
+        archive_bytes(("data00.json", b"[]"), ("data01.json", b'[{"story": "a"}]')),
+        "data00.json: has no story",
+    ),
+    "nothing to train on": (with_story(b"[]"), "every file but data00.json: has no story"),
     "empty": (b"", "no whole tar.gz archive"),
     "a web page": (b"<html><body>Not found", "is a web page, not the data"),
     "text": (b"Once upon a time", "no whole tar.gz archive"),
@@ -198,13 +204,13 @@ BAD_ARCHIVES = {
     "only one file": (archive_bytes(GOOD), "has no data00.json and data01.json"),
     "nothing to validate on": (archive_bytes(("data01.json", GOOD[1]), ("data02.json", GOOD[1])), "has no data00.json"),
     "twice the same": (archive_bytes(GOOD, GOOD), "data00.json: is there twice"),
-    "no stories": (with_story(b'{"story": "a"}'), "data01.json: line 1: expected an array of stories"),
-    "empty file": (with_story(b" \n"), "data01.json: line 2: expected an array of stories"),
-    "no comma": (with_story(b'[{"story": "a"}\n {"story": "b"}]'), "data01.json: line 2: expected a comma or the end"),
-    "no end": (with_story(b'[{"story": "a"},\n{"story": "b"}'), "data01.json: line 2: expected a comma or the end"),
-    "no story": (with_story(b'[{"story": "a"},\n]'), "data01.json: line 2: is no JSON: Expecting value"),
-    "cut in a story": (with_story(b'[{"story": "a"},\n{"sto'), "data01.json: line 2: is no JSON: Unterminated string"),
-    "more behind": (with_story(b'[{"story": "a"}]\n[]'), "data01.json: line 2: there is something behind the end"),
+    "no stories": (with_story(b'{"story": "a"}'), "data01.json: expected an array of stories, found an object"),
+    "empty file": (with_story(b" \n"), "data01.json: is no JSON: Expecting value, line 2, column 1"),
+    "no comma": (with_story(b'[{"story": "a"}\n {}]'), "is no JSON: Expecting ',' delimiter, line 2, column 2"),
+    "no end": (with_story(b'[{"story": "a"},\n{}'), "is no JSON: Expecting ',' delimiter, line 2, column 3"),
+    "no story": (with_story(b'[{"story": "a"}, ]'), "data01.json: is no JSON: Expecting value, column 18"),
+    "cut in a story": (with_story(b'[{"story": "a"},\n{"sto'), "is no JSON: Unterminated string starting at, line 2"),
+    "more behind": (with_story(b'[{"story": "a"}]\n[]'), "data01.json: is no JSON: Extra data, line 2, column 1"),
     "another field": (
         with_story(b'[{"text": "a"}]'),
         "data01.json: story 1: there is no field 'story'; the fields are",
@@ -219,8 +225,8 @@ BAD_ARCHIVES = {
     ),
     "not UTF-8": (with_story(b'[{"story": "\xff"}]'), "data01.json: byte 12 is not UTF-8"),
     "cut in a character": (with_story(b'[{"story": "a"}]\xc3'), "data01.json: byte 16 is not UTF-8"),
-    "brackets": (with_story(b"[" * 100_000), "data01.json: line 1: is JSON that cannot be read"),
-    "a huge number": (with_story(b"[" + b"1" * 10_000), "data01.json: line 1: is JSON that cannot be read"),
+    "brackets": (with_story(b"[" * 100_000), "data01.json: is JSON that cannot be read"),
+    "a huge number": (with_story(b"[" + b"1" * 10_000), "data01.json: is JSON that cannot be read"),
 }
 
 
@@ -246,11 +252,38 @@ def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     path.write_bytes(archive_bytes(("data00.json", bytes(100))))
     with pytest.raises(ValueError, match="data00.json: has 100 bytes, expected 99 at most"):
         list(tinystories.read_archive(path, "tokens"))
-    monkeypatch.setattr(tinystories, "MAX_STORY_CHARACTERS", 1000)
-    pieces = iter(['[{"story": "', *["a" * 100] * 100])
-    with pytest.raises(ValueError, match="here: line 1: is no JSON: Unterminated string"):
-        list(tinystories.read_stories(pieces, "here"))
-    assert len(list(pieces)) > 80
+    monkeypatch.setattr(tinystories, "MAX_MEMBER_VALUES", 20)
+    for value in ("[]", "{}", "0"):
+        with pytest.raises(ValueError, match="here: has more than 20 commas and brackets"):
+            tinystories.read_stories(f"[{','.join([value] * 30)}]", "here")
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_cannot_ask_for_the_memory(tmp_path, monkeypatch, kind):
+    """tarfile takes as much as a header says for a name, and a gzip file of 64 kB has 64 MB."""
+    monkeypatch.setattr(tinystories, "MAX_MEMBER_BYTES", 1 << 20)
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 4 << 30
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf() + bytes(1 << 26), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError, match="a.tar.gz: is no whole tar.gz archive: one member has more than 1,048,576"
+        ):
+            list(tinystories.read_archive(path, "tokens"))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_without_end_are_an_error(tmp_path):
+    name = tarfile.TarInfo("x")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress((name.tobuf() + bytes(512)) * 2000))
+    with pytest.raises(ValueError, match="a.tar.gz: is no whole tar.gz archive"):
+        list(tinystories.read_archive(path, "tokens"))
 
 
 def test_damaged_archives_are_a_value_error_or_harmless(tmp_path):

@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 
-from pyllmc.files import atomic_write, open_regular, read_exact, read_into, sha256_of
+from pyllmc.files import atomic_write, atomic_writes, open_regular, read_exact, read_into, sha256_of
 
 
 def folder_content(folder):
@@ -57,6 +57,38 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.filename == str(path) and "cannot write this file" in caught.value.strerror
     assert folder_content(tmp_path) == {"file.bin": b"old"}
+
+
+def test_files_that_belong_together_change_together(tmp_path):
+    old = {"1": b"old", "2": b"old"}
+    paths = [tmp_path / name for name in "123"]
+    for path in paths[:2]:
+        path.write_bytes(b"old")
+    for full in (0, 2):
+        # What was written to one of them is still in its buffer when the block ends.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(OSError) as caught, atomic_writes(*paths) as files:
+                for number, file in enumerate(files):
+                    file.write(b"longer than ten" if number == full else b"new")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (caught.value.filename, caught.value.strerror) == (
+            str(tmp_path),
+            "cannot write the files here: File too large",
+        )
+        assert folder_content(tmp_path) == old
+    with pytest.raises(KeyboardInterrupt), atomic_writes(*paths) as files:
+        raise KeyboardInterrupt
+    with pytest.raises(FileNotFoundError) as caught, atomic_writes(paths[0], tmp_path / "nowhere" / "file"):
+        pass
+    assert caught.value.filename == str(tmp_path / "nowhere" / "file") and folder_content(tmp_path) == old
+    with atomic_writes(*paths) as files:
+        for file in files:
+            file.write(b"new")
+        assert folder_content(tmp_path).items() >= old.items()
+    assert folder_content(tmp_path) == {"1": b"new", "2": b"new", "3": b"new"}
 
 
 def test_a_missing_folder_is_named(tmp_path):

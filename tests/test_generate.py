@@ -401,7 +401,7 @@ def test_program_with_a_model_file_alone(home, capsys):
     ("words", "code", "told"),
     [
         ([], 1, "no checkpoint under out/"),
-        (["--checkpoint", "none.bin"], 1, "none.bin: No such file or directory"),
+        (["--checkpoint", "none.bin"], 1, "none.bin: there is no such model file; name one"),
         (["--checkpoint", "empty"], 1, "empty: no checkpoint in this folder"),
         (["--checkpoint", "run/tokenizer.bin"], 1, "not a model but a tokenizer"),
         (["--checkpoint", "alone/model.bin", "--prompt", "a"], 1, "put their tokenizer.bin beside the model"),

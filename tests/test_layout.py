@@ -14,15 +14,20 @@ FORBIDDEN_FLAGS = ("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-mar
 SOURCE_FOLDERS = ("pyllmc", "tests", "bench", "data", "docs")
 SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".cu", ".cuh", ".sh"}
 
-PACKAGE_ITSELF, PROGRAM, LIBRARY, CHOICE, BACKEND = "package", "program", "library", "choice of a backend", "backend"
-# What a module of each layer may import. The package itself only lists names, and imports them when they are used.
-BELOW = {
-    PACKAGE_ITSELF: {PROGRAM, LIBRARY, CHOICE, BACKEND},
-    PROGRAM: {PROGRAM, LIBRARY, CHOICE, BACKEND},
-    LIBRARY: {LIBRARY, CHOICE},
-    CHOICE: {BACKEND},
-    BACKEND: {BACKEND},
+# From the top: a module imports from its own layer and those below it. The name of a folder stands for all that is in
+# it and has no place of its own. The package itself only lists names, and imports them when they are used.
+PROGRAMS, CHOICE, BACKENDS = "programs", "the choice of a backend", "backends"
+LAYERS = {
+    "the package": "pyllmc",
+    PROGRAMS: "llmc train generate verify plot __main__ datasets.__main__",
+    "what a run needs": "prepare runs settings datasets",
+    "what is computed, and its files": "model optimizer schedules checkpoint modelfile statefile dataloader ops",
+    "tokens": "tokenizer tokenfile",
+    "ground": "config tensors rng files hardware logs cli",
+    CHOICE: "backends",
+    BACKENDS: "_ops _cuda",
 }
+PLACES = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 
 
 def module_name(path):
@@ -66,33 +71,57 @@ def imports(module):
 
 
 def layer(module):
-    parts = module.split(".")
-    if len(parts) == 1:
-        return PACKAGE_ITSELF
-    if parts[1] in ("_ops", "_cuda"):
-        return BACKEND
-    if parts[1] == "backends":
-        return CHOICE
-    source = MODULES[module].read_text(encoding="utf-8") if module in MODULES else ""
-    return PROGRAM if '\nif __name__ == "__main__":' in source else LIBRARY
+    name = module.removeprefix("pyllmc.")
+    place = PLACES.get(name) or PLACES.get(name.split(".")[0])
+    assert place, f"{module} has no place in LAYERS, nor in the diagram of CONTRIBUTING.md"
+    return place
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_downward(module):
+    order = list(LAYERS)
     for imported in imports(module):
         assert imported.startswith("pyllmc"), f"{module} imports {imported}, which is not part of the package"
-        assert layer(imported) in BELOW[layer(module)], (
-            f"{module} ({layer(module)}) imports {imported} ({layer(imported)}), which is not below it"
+        assert order.index(layer(imported)) >= order.index(layer(module)), (
+            f"{module} ({layer(module)}) imports {imported} ({layer(imported)}), which is above it"
+        )
+        assert layer(imported) != BACKENDS or layer(module) in (PROGRAMS, CHOICE, BACKENDS), (
+            f"{module} imports the backend {imported} without asking backends.py"
         )
 
 
-def test_the_layers_are_what_they_are_called():
-    """So that the test above cannot pass because it sees nothing."""
-    assert layer("pyllmc.train") == layer("pyllmc.generate") == PROGRAM
-    assert layer("pyllmc.model") == layer("pyllmc.optimizer") == layer("pyllmc.checkpoint") == LIBRARY
+def test_the_layers_hold_what_there_is():
+    names = {module.removeprefix("pyllmc.") for module in MODULES}
+    assert sorted(PLACES.keys() - names) == [], "a module in LAYERS is not there"
+    programs = {m for m in MODULES if '\nif __name__ == "__main__":' in MODULES[m].read_text(encoding="utf-8")}
+    assert {module for module in MODULES if layer(module) == PROGRAMS} == programs
+
+
+def test_imports_are_seen():
+    """So that the tests above cannot pass because they see nothing."""
     assert "pyllmc.backends" in imports("pyllmc.model")
     assert imports("pyllmc.backends") == {"pyllmc._ops", "pyllmc._cuda"}
     assert "pyllmc.prepare" in imports("pyllmc.train") and "pyllmc.model" in imports("pyllmc.prepare")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_name_who_calls_and_who_is_called(module):
+    """What a module says after "Called by" imports it, and what it says after "calls" is imported by it."""
+    text = " ".join((ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8"))) or "").split())
+    folder = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+    def named(word):
+        for names in re.findall(word + r" (.*?)(?:[;:] |\.(?: |$))", text):
+            for name in re.findall(r"(?<![\w/])(\w+)\.py\b", names):
+                places = (f"{place}.{name}" for place in (folder, "pyllmc", "pyllmc.datasets"))
+                yield next((place for place in places if place in MODULES), name)
+
+    for caller in named("[Cc]alled by"):
+        assert caller in MODULES and module in imports(caller), (
+            f"{module} says that {caller} calls it, which does not import it"
+        )
+    for called in named("[Cc]alls"):
+        assert called in imports(module), f"{module} says that it calls {called}, and does not import it"
 
 
 def test_no_cycle_of_imports():

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, llmc, train
+from pyllmc import checkpoint, cli, hardware, llmc, modelfile, train
 from pyllmc.config import GPT2Config
 from pyllmc.datasets import prepare_text
 from pyllmc.model import GPT2
-from pyllmc.settings import FIELDS, Settings
+from pyllmc.settings import FIELDS, Settings, load_recipe
 from pyllmc.tokenizer import Tokenizer
 
 TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
@@ -86,7 +86,22 @@ def test_overfitting_is_on_the_validation_data():
 
 
 @pytest.mark.parametrize(
-    "flags", ["-y 1", "-r 0", "-r 1", "-f 0", "-w 0", "-ge 2", "-lg -1", "-h 0", "-sl 0", "-z 0", "-pn 1", "-pi mpi"]
+    "flags",
+    [
+        "-y 1",
+        "-r 0",
+        "-r 1",
+        "-f 0",
+        "-w 0",
+        "-ge 2",
+        "-lg -1",
+        "-h 0",
+        "-sl 0",
+        "-sg 0.00",
+        "-z 0",
+        "-pn 1",
+        "-pi mpi",
+    ],
 )
 def test_what_gives_the_same_result_is_taken(flags):
     assert settings_of(*flags.split()) == settings_of()
@@ -99,13 +114,13 @@ def test_what_gives_the_same_result_is_taken(flags):
         ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl 7", "not skipped"),
         ("-sg 7", "not skipped"), ("-r 2", "recompute"), ("-lg 10", "GPU"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
         ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),
-        ("-a 2", "0, 1"), ("-g x", "-g"),
+        ("-a 2", "0, 1"), ("-g x", "whole number"), ("-i ", "empty"), ("-e ", "empty"),
         ("-n -5", "at least 0"), ("-Q 1", "-Q"), ("-b", "-b"), ("word", "word"), ("-d -2", "-d"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_an_error(flags, word, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(*flags.split())
+        run(*flags.split(" "))
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and word in err
@@ -146,6 +161,7 @@ def test_without_o_nothing_is_kept(tmp_path, capsys, monkeypatch):
     assert sorted(os.listdir()) == ["data"] and sorted(os.listdir("data")) == before
     out = capsys.readouterr().out
     assert "step 4/4 | loss" in out and "checkpoint" not in out
+    assert out.splitlines()[-1].startswith("done in")
 
 
 def test_y_goes_on_from_the_newest_checkpoint_if_there_is_one():
@@ -171,7 +187,7 @@ def test_a_run_of_llm_c_is_taken_over(capsys):
     assert sorted(os.listdir("log")) == before
     assert run("-o", "log", "-n", "2", "-y", "1") == 0
     assert "2 steps are done" in capsys.readouterr().out
-    assert np.array_equal(*(checkpoint.read_model(f"{folder}/model_00000004.bin")[1] for folder in ("log", "whole")))
+    assert np.array_equal(*(modelfile.read_model(f"{folder}/model_00000004.bin")[1] for folder in ("log", "whole")))
     assert Path("log/main.log").read_text().startswith("s:0 tel:9.9999\n")
     assert Path("log/tokenizer.bin").read_bytes() == Path("data/tokenizer.bin").read_bytes()
 
@@ -181,3 +197,27 @@ def test_under_mpirun(monkeypatch, capsys):
     assert run("-o", "log") == 1
     assert "one of 8 processes" in capsys.readouterr().err
     assert sorted(os.listdir()) == ["data"]
+
+
+def test_a_run_that_goes_on_may_be_given_other_flags_and_its_recipe_follows():
+    assert run("-o", "log", "-n", "2") == 0
+    assert run("-o", "log", "-n", "2", "-y", "1", "-x", "6", "-l", "0.5", "-k", "constant") == 0
+    assert checkpoint.list_steps("log") == [2, 4, 6]
+    assert Path("log/main.log").read_text().splitlines()[-2].startswith("s:5 trl:")
+    recipe = load_recipe("log/recipe.toml")
+    assert (recipe["max_steps"], recipe["learning_rate"], recipe["schedule"]) == (6, 0.5, "constant")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("-e none.bin", "with -e"),
+        ("-t 999", "-t 999 is more"),
+        ("-d 33", "-d 33 is no multiple"),
+        ("-b 900", "too few"),
+    ],
+)
+def test_messages_name_llm_c_s_flags(flags, told, capsys):
+    assert run("-o", "log", *flags.split()) == 1
+    err = capsys.readouterr().err
+    assert told in err and "--" not in err and err.count("\n") == 1

@@ -93,6 +93,9 @@ def test_new_log_replaces_an_old_one(tmp_path):
 def test_pace():
     pace = logs.Pace(total=100, tokens_per_step=50, flops_per_token=1_000_000, expected_seconds=0.5)
     assert pace.seconds_left(0) == pytest.approx(50)
+    # The first step does more than the others.
+    pace.step(9.0)
+    assert pace.seconds_left(0) == pytest.approx(50)
     for _ in range(3):
         pace.step(0.1)
     assert pace.seconds_per_step == pytest.approx(0.1)
@@ -133,7 +136,7 @@ def test_lines_where_there_is_no_terminal(pace, capsys):
         f"step {step:3}/100 | loss 2.0000 | norm  0.5000 | lr 1.00e-03 | 10.0 ms | 100k tok/s | "
         f"10% of peak | {left} left\n"
         + ("a line\n" if step == 50 else "")
-        for step, left in ((1, "1.0 s"), (25, "0.8 s"), (50, "0.5 s"), (75, "0.2 s"), (100, "0.0 s"))
+        for step, left in ((1, "1.0 s"), (25, "0.7 s"), (50, "0.5 s"), (75, "0.2 s"), (100, "0.0 s"))
     ) + "the end\n"  # fmt: skip
 
 

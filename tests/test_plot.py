@@ -113,3 +113,11 @@ def test_bad_input(arguments, words, tmp_path, monkeypatch, capsys):
     assert run(*arguments) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x^{$", "$a$", "line\nbreak", "o\udcff"])
+def test_any_folder_name_may_stand_in_the_picture(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "main.log").write_text("s:0 trl:3.0 lr:0.1 norm:1\ns:1 trl:2.0 lr:0.1 norm:1\n")
+    assert plot.plot_losses(folder).exists()

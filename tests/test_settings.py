@@ -128,6 +128,7 @@ def test_relative_paths_count_from_the_recipe(tmp_path, monkeypatch):
         ("learning_rate = nan", "learning_rate: expected a number"),
         ("beta1 = 1.0", "beta1: expected a number in [0, 1)"),
         ("layers = ", "not a recipe"),
+        (r'text = "a\u0000b"', "text must be a string without NUL"),
         ("[model]\nlayers = 3", "no setting is called 'model'"),
     ],
 )

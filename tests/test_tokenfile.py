@@ -139,7 +139,7 @@ def test_taken_for_tokens_without_a_header(tmp_path, numbers):
 def test_not_taken_for_tokens_without_a_header(tmp_path, data):
     (tmp_path / "t.bin").write_bytes(data)
     message = message_of(tmp_path / "t.bin")
-    assert "too few for a token file" in message or "expected 20240520 or 20240801: not a token file" in message
+    assert "too few for a token file" in message or message.endswith(", expected 20240520 or 20240801")
 
 
 def test_tokens_of_another_vocabulary_without_a_header_when_asked_for(tmp_path):
@@ -278,7 +278,7 @@ def test_a_read_that_ends_early_is_an_error(tmp_path, monkeypatch):
         tokens_of(shard)
 
 
-def test_reading_ahead_asks_for_what_is_read(tmp_path, monkeypatch):
+def test_prefetch_asks_for_what_is_read(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)), False
@@ -287,10 +287,10 @@ def test_reading_ahead_asks_for_what_is_read(tmp_path, monkeypatch):
     write_tokens(tmp_path / "t.bin", np.zeros(200_000, int), "uint32")
     shard = read_shard(tmp_path / "t.bin")
     with shard.open() as file:
-        shard.expect(file, [10, 1000], 3)
+        shard.prefetch(file, [10, 1000], 3)
         assert asked == [(1064, 12, "will need"), (5024, 12, "will need")]
         asked.clear()
-        shard.expect(file, [0], 2**17)
+        shard.prefetch(file, [0], 2**17)
     # The system cuts larger requests off.
     assert asked == [(1024 + i * 2**17, 2**17, "will need") for i in range(4)]
 

@@ -1,13 +1,11 @@
 """pyllmc/tokenizer.py: round trips, the file format against literal bytes, GPT-2's merges, and hostile files."""
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import itertools
 import json
 import os
-import random
 import re
 import struct
 from pathlib import Path
@@ -149,10 +147,10 @@ def test_version_1_and_2_of_llmc_without_json(tmp_path):
 
 HOSTILE = {
     "empty": (b"", "1024 to"),
-    "html": (b"<!DOCTYPE html>".ljust(2000), "magic is"),
+    "html": (b"<!DOCTYPE html>".ljust(2000), "not a tokenizer: magic is 1329865020, expected 20240328"),
     "short": (header()[:-1], "1024 to"),
     "header only": (header(), "number of tokens is 3"),
-    "magic": (header(magic=20240326) + records(b"a", b"b", b"c"), "magic is 20240326, expected 20240328"),
+    "magic": (header(magic=20240326) + records(b"a", b"b", b"c"), "not a tokenizer but a model"),
     "version": (header(version=3) + records(b"a", b"b", b"c"), "version is 3, expected 1 or 2"),
     "version 1 count": (header(version=1) + records(b"a", b"b", b"c"), "expected 50257"),
     "no tokens": (header(count=0), "number of tokens is 0"),
@@ -209,21 +207,6 @@ def test_missing_file_and_folder(tmp_path):
         Tokenizer.load(tmp_path / "none.bin")
     with pytest.raises(ValueError, match="not a regular file"):
         Tokenizer.load(tmp_path)
-
-
-def test_random_damage_is_a_value_error_or_harmless(tmp_path):
-    path = tmp_path / "tokenizer.bin"
-    CharTokenizer.from_text("some text").save(path)
-    good = path.read_bytes()
-    rng = random.Random(7)
-    for _ in range(200):
-        data = bytearray(good[: rng.choice([len(good), rng.randrange(len(good))])])
-        for _ in range(rng.randrange(4)):
-            if data:
-                data[rng.choice([rng.randrange(16), rng.randrange(1024, 1060)]) % len(data)] = rng.randrange(256)
-        path.write_bytes(data)
-        with contextlib.suppress(ValueError):
-            Tokenizer.load(path)
 
 
 # ---- byte pairs ------------------------------------------------------------------------------------------------------

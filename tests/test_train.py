@@ -539,6 +539,15 @@ def test_full_disk():
     assert not [name for name in os.listdir("out/notes") if name.startswith(("model", "state", "DONE", ".model"))]
 
 
+def test_log_that_cannot_grow():
+    limit = Path("notes.txt").stat().st_size * 3
+    long = ["--max-steps", "100000", "--checkpoint-every", "0", "--sample-every", "0", "--val-every", "0"]
+    with start(*long, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("error: out/notes/main.log: cannot write this file") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "option, value",
     [("--layers", "2"), ("--learning-rate", "0.5"), ("--max-steps", "9"), ("--seed", "3"), ("--schedule", "linear")],

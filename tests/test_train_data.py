@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, train
+from pyllmc import checkpoint, cli, hardware, modelfile, train
 from pyllmc.config import GPT2Config
 from pyllmc.dataloader import DataLoader
 from pyllmc.datasets import prepare_text
@@ -51,7 +51,7 @@ def losses(folder: str = "run", name: str = "trl") -> list[float]:
 
 
 def final_parameters(folder: str = "run", step: int = 4) -> np.ndarray:
-    return checkpoint.read_model(f"{folder}/model_{step:08d}.bin")[1]
+    return modelfile.read_model(f"{folder}/model_{step:08d}.bin")[1]
 
 
 def by_hand(model: GPT2, loader: DataLoader, steps: int, batches_per_step: int = 1) -> list[float]:
@@ -140,7 +140,7 @@ def test_tokens_without_a_tokenizer_are_gpt2s(capsys):
     write_tokens("plain/train.bin", np.arange(50157, 50257).repeat(3))
     data = ["--train-data", "plain/train.bin", "--val-data", "plain/train.bin"]
     assert run(*data, "--sample-every", "4", "--sample-length", "5") == 0
-    config, _ = checkpoint.read_model("run/model_00000004.bin")
+    config, _ = modelfile.read_model("run/model_00000004.bin")
     assert config.vocab_size == 50257
     assert Path("run/tokenizer.bin").stat().st_size > 300_000
 
@@ -211,7 +211,7 @@ def test_a_text_in_gpt2s_tokens(capsys):
     options = ["--text", "more.txt", "--tokenizer", "gpt2", "--layers", "1", "--heads", "2", "--channels", "8"]
     options += ["--context", "8", "--batch-size", "1", "--max-steps", "2", "--sample-length", "5"]
     assert cli.run_main(train.main, options) == 0
-    assert checkpoint.read_model("out/more/model_00000002.bin")[0].vocab_size == 50257
+    assert modelfile.read_model("out/more/model_00000002.bin")[0].vocab_size == 50257
     assert "tokens to train on" in capsys.readouterr().out
 
 
@@ -300,6 +300,37 @@ def test_model_of_another_vocabulary(capsys):
     assert cli.run_main(train.main, init_options("other.bin")) == 1
     err = capsys.readouterr().err
     assert "data/tokenizer.bin" in err and "999" in err and err.count("\n") == 1
+
+
+def test_resume_refuses_a_geometry_where_the_model_came_from_a_file(model_file, capsys):
+    assert cli.run_main(train.main, init_options(model_file)) == 0
+    assert cli.run_main(train.main, ["--out", "run", "--resume", "--layers", "2"]) == 1
+    assert "--layers is for a new model" in capsys.readouterr().err
+
+
+def test_folder_names_that_look_like_patterns(tmp_path, monkeypatch):
+    """A relative pattern means the same when the run is resumed, and in a recipe of such a folder."""
+    folder = tmp_path / "sp[1]*"
+    (tmp_path / "data").rename(folder.with_name("moved"))
+    folder.mkdir()
+    (tmp_path / "moved").rename(folder / "data")
+    monkeypatch.chdir(folder)
+    pattern = ["--train-data", "data/trai?.bin", "--val-data", "data/va[l].bin"]
+    assert run(*pattern) == 0
+    assert run(*pattern, "--resume") == 0
+    assert cli.run_main(train.main, ["--out", "run", "--resume"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.run_main(train.main, ["--recipe", str(folder / "run/recipe.toml"), "--out", "again"]) == 0
+    assert np.array_equal(final_parameters("again"), final_parameters(str(folder / "run")))
+
+
+def test_validation_goes_round_if_more_batches_are_asked_for_than_there_are():
+    assert run("--val-batches", "30") == 0
+    loader = DataLoader("data/val.bin", 2, 8)
+    assert loader.num_batches < 30
+    model = GPT2(GPT2Config(1, 2, 16, Tokenizer.load("data/tokenizer.bin").vocab_size, 16))
+    expected = np.mean([float(model.loss(*loader.next_batch())) for _ in range(30)])
+    assert losses(name="tel")[0] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", PROCESS_COUNTS)

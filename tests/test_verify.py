@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from pyllmc import checkpoint, cli, verify
+from pyllmc import cli, modelfile, verify
 from pyllmc.config import GPT2Config
 from pyllmc.model import GPT2, initial_parameters
 from pyllmc.optimizer import AdamW, clip_scale, grad_norm
@@ -33,7 +33,7 @@ def debug_state(params, config=CONFIG, B=2, T=9):
     """What float64 makes of these weights and a batch."""
     inputs, targets = np.random.default_rng(1).integers(0, config.vocab_size, (2, B, T), dtype=np.int32)
     model = GPT2(config, ops=reference, params=params)
-    optimizer = AdamW(model, **checkpoint.DEBUG_ADAMW)
+    optimizer = AdamW(model, **modelfile.DEBUG_ADAMW)
     logits = model.logits(inputs).astype(np.float32)
     losses, norms = [], []
     for step in range(STEPS):
@@ -43,7 +43,7 @@ def debug_state(params, config=CONFIG, B=2, T=9):
             grads = model.flat_grads.astype(np.float32)
         optimizer.step(grad_scale=clip_scale(norms[-1], 1.0))
         model.zero_grad()
-    return checkpoint.DebugState(inputs, targets, logits, losses[0], grads, np.float32(losses), np.float32(norms))
+    return modelfile.DebugState(inputs, targets, logits, losses[0], grads, np.float32(losses), np.float32(norms))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def right():
 def state(right):
     """A copy to spoil."""
     arrays = {name: value.copy() for name, value in vars(right).items() if name != "loss"}
-    return checkpoint.DebugState(loss=right.loss, **arrays)
+    return modelfile.DebugState(loss=right.loss, **arrays)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def verdict(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(state, params=None, config=CONFIG, dtype="float32"):
-        checkpoint.write_model("model.bin", config, parameters(config) if params is None else params, dtype)
-        checkpoint.write_debug_state("debug.bin", config, state)
+        modelfile.write_model("model.bin", config, parameters(config) if params is None else params, dtype)
+        modelfile.write_debug_state("debug.bin", config, state)
         code = cli.run_main(verify.main, ["model.bin", "debug.bin"])
         lines = capsys.readouterr().out.splitlines()
         return code, [line[:18].strip() for line in lines if line.endswith("  WRONG")], lines
@@ -118,7 +118,7 @@ def test_what_is_no_number_is_wrong_and_spoils_no_other_row(verdict, state, row,
 @pytest.fixture
 def long_steps(monkeypatch):
     """Steps of 1e-4 take a model this small nowhere; with these, it matters how they are made."""
-    monkeypatch.setattr(checkpoint, "DEBUG_ADAMW", checkpoint.DEBUG_ADAMW | {"learning_rate": 1e-2})
+    monkeypatch.setattr(modelfile, "DEBUG_ADAMW", modelfile.DEBUG_ADAMW | {"learning_rate": 1e-2})
     state = debug_state(parameters())
     assert state.norms.max() > 1.1 and np.ptp(state.norms) > 0.1
     return state
@@ -127,7 +127,7 @@ def long_steps(monkeypatch):
 def test_a_wrong_optimizer_is_found(verdict, long_steps, monkeypatch):
     """beta2 does not count in the first update: its bias correction cancels it."""
     assert verdict(long_steps)[:2] == (0, [])
-    monkeypatch.setattr(checkpoint, "DEBUG_ADAMW", checkpoint.DEBUG_ADAMW | {"beta2": 0.999})
+    monkeypatch.setattr(modelfile, "DEBUG_ADAMW", modelfile.DEBUG_ADAMW | {"beta2": 0.999})
     assert verdict(long_steps)[:2] == (1, ROWS[22:])
 
 
@@ -148,8 +148,8 @@ def test_a_model_that_is_not_finite_is_wrong(verdict, state):
 def test_a_model_in_bfloat16(verdict, state):
     """It is another model than the one it was rounded from; its own debug state fits."""
     assert verdict(state, dtype="bfloat16")[0] == 1
-    checkpoint.write_model("rounded.bin", CONFIG, parameters(), "bfloat16")
-    _, rounded = checkpoint.read_model("rounded.bin")
+    modelfile.write_model("rounded.bin", CONFIG, parameters(), "bfloat16")
+    _, rounded = modelfile.read_model("rounded.bin")
     assert verdict(debug_state(rounded), dtype="bfloat16")[0] == 0
 
 
@@ -179,7 +179,7 @@ def without_losses(state):
 def test_without_losses_the_steps_are_not_checked(verdict, state):
     code, wrong, lines = verdict(without_losses(state))
     assert (code, wrong, lines[-1]) == (0, [], "right: all 18 agree")
-    assert "not checked: the debug state holds no losses" in lines[-3]
+    assert lines[-3] == "steps of AdamW are not checked: the debug state holds no losses"
     spoil(state, "gradient fcb", lambda number: number * 1.001)
     assert verdict(without_losses(state))[:2] == (1, ["gradient fcb"])
 
@@ -201,7 +201,7 @@ def test_llmcs_debug_state_is_known_by_geometry_batch_and_loss():
 
     def known(config=d12, shape=(4, 64), loss=5.270007):
         batch = np.zeros(shape, np.int32)
-        return verify.is_llmcs(config, checkpoint.DebugState(batch, batch, np.empty(0), loss, np.empty(0)))
+        return verify.is_llmcs(config, modelfile.DebugState(batch, batch, np.empty(0), loss, np.empty(0)))
 
     assert known() and known(loss=5.27009)
     assert not known(loss=5.2702) and not known(loss=np.nan) and not known(shape=(8, 32))
@@ -241,7 +241,8 @@ def test_threads(verdict, state, capsys):
         (["wide.bin", "debug.bin"], 1, "debug.bin: 25660 bytes found, 31972 expected .* of another model, or damaged"),
         (["short.bin", "debug.bin"], 1, "debug.bin: a batch of 2 x 9 tokens does not fit a model of 8"),
         (["few.bin", "debug.bin"], 1, "of another model, or damaged"),
-        (["none.bin", "debug.bin"], 1, "none.bin: No such file"),
+        (["none.bin", "debug.bin"], 1, "none.bin: there is no such model file; python bench/torch_reference.py .*"),
+        (["model.bin", "none.bin"], 1, "none.bin: there is no such debug state; python bench/torch_reference.py"),
         (["model.bin", "cut.bin"], 1, "cut.bin: 25656 bytes found, 25660 expected"),
         (["model.bin"], 2, "required: DEBUG.bin"),
     ],
@@ -250,7 +251,7 @@ def test_wrong_files_are_told_in_one_line(verdict, state, capsys, words, code, t
     verdict(state)
     for name, changes in {"wide": {"channels": 14}, "short": {"max_seq_len": 8}, "few": {"vocab_size": 36}}.items():
         config = dataclasses.replace(CONFIG, **changes)
-        checkpoint.write_model(f"{name}.bin", config, parameters(config))
+        modelfile.write_model(f"{name}.bin", config, parameters(config))
     with open("debug.bin", "rb") as whole, open("cut.bin", "wb") as cut:
         cut.write(whole.read()[:-4])
     found, out, err = program(capsys, *words)

@@ -1,10 +1,14 @@
-"""`python -m pyllmc.datasets NAME`: make the token files of a dataset."""
+"""`python -m pyllmc.datasets NAME`: make the token files of a dataset.
+
+Calls the modules of the datasets, cli.py, and runs.py so as not to write into the folder of a training run.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
+from .. import runs
 from ..cli import ArgumentParser, run_main
 from . import shakespeare, text, tinyshakespeare, tinystories
 
@@ -22,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, module in DATASETS.items():
         module.add_options(names.add_parser(name, help=module.HELP, description=f"Token files of {module.HELP}."))
     args = parser.parse_args(argv)
+    if runs.has_run(args.output):
+        raise ValueError(f"{args.output}: is the folder of a training run; choose another --output")
     print(DATASETS[args.name].prepare(args))
 
 

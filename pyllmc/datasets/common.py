@@ -1,13 +1,15 @@
 """What the datasets share: what a prepared folder holds, how it is written, text to tokens, their common options.
 
-Called by the modules of the datasets; calls documents.py, parallel.py, tokenfile.py, tokenizer.py and hardware.py.
+Called by the modules of the datasets, and by prepare.py and runs.py for the names of the files; calls documents.py,
+parallel.py, files.py, tokenfile.py, tokenizer.py, hardware.py and cli.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,16 +17,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cli import ArgumentParser, positive_int
+from ..files import atomic_writes
 from ..hardware import usable_cpus
-from ..tokenfile import TokenWriter, token_file
-from ..tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer
+from ..tokenfile import TokenWriter, read_shard
+from ..tokenizer import KINDS, TOKENIZER_FILE, CharTokenizer, Tokenizer
 from .documents import Piece
 from .parallel import ordered_map
 
 TRAIN_FILE = "train.bin"
 VAL_FILE = "val.bin"
-TOKENIZERS = ("char", "gpt2")
 BATCH_CHARACTERS = 1 << 20
+MAX_UNCUT = 1 << 24  # characters that are encoded as one; GPT-2's tokenizer takes about 50 bytes for each
 
 
 # ---- a prepared folder -----------------------------------------------------------------------------------------------
@@ -74,13 +77,47 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def split_files(
-    folder: Path, tokenizer: Tokenizer, train_file: str = TRAIN_FILE, val_file: str = VAL_FILE
+    folder: Path,
+    tokenizer: Tokenizer,
+    train_file: str = TRAIN_FILE,
+    val_file: str = VAL_FILE,
+    *,
+    inputs: Iterable[Path],
 ) -> Iterator[tuple[TokenWriter, TokenWriter]]:
     """Writers for the part to train on and the part held out. When the block ends without an error the two files and
-    the tokenizer's appear in `folder`; after an error all is as it was."""
-    with new_folder(folder), token_file(folder / train_file) as train, token_file(folder / val_file) as val:
-        yield train, val
-        tokenizer.save(folder / TOKENIZER_FILE)
+    the tokenizer's appear in `folder`, in the place of those of a dataset made before; after an error all is as it was.
+
+    ValueError if one of `inputs`, what the tokens are made of, or a file of another kind would be replaced.
+    """
+    contents = tokenizer.contents(folder / TOKENIZER_FILE)
+    targets = (folder / train_file, folder / val_file, *contents)
+    _check_replaceable(targets, inputs)
+    with new_folder(folder), atomic_writes(*targets) as (train, val, *others):
+        writers = TokenWriter(train), TokenWriter(val)
+        yield writers
+        for writer in writers:
+            writer.finish()
+        for file, content in zip(others, contents.values(), strict=True):
+            file.write(content)
+
+
+def _check_replaceable(targets: Sequence[Path], inputs: Iterable[Path]) -> None:
+    """ValueError unless those of the targets that exist are no input, and what a dataset made before left there."""
+    there = [target for target in targets if target.exists()]
+    for path, target in itertools.product(inputs, there):
+        if target.samefile(path):
+            raise ValueError(f"{target}: is what the tokens are to be made of; choose another folder to write to")
+    train, val, tokenizer, kind = targets
+    try:
+        for path in (train, val):
+            if path in there:
+                read_shard(path)
+        if tokenizer in there:
+            Tokenizer.load(tokenizer)
+        elif kind in there:
+            raise ValueError(f"{kind}: is there without {tokenizer.name}")
+    except ValueError as error:
+        raise ValueError(f"{error}; this file is not replaced: move it, or choose another folder to write to") from None
 
 
 # ---- text to tokens --------------------------------------------------------------------------------------------------
@@ -113,21 +150,30 @@ def batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
 
 
 def cut_documents(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The same documents in pieces that the tokenizer may encode one by one."""
+    """The same documents in pieces that the tokenizer may encode one by one. ValueError for more than MAX_UNCUT
+    characters, and more pieces than one, without a place where it may cut."""
     source = iter(pieces)
     following = next(source, None)
+    uncut = 0
 
     def document() -> Iterator[str]:
-        nonlocal following
-        begins = True
+        nonlocal following, uncut
+        begins, uncut = True, 0
         while following is not None and (begins or not following.begins):
+            if uncut > MAX_UNCUT:
+                raise ValueError(
+                    f"the text has more than {MAX_UNCUT:,} characters without white space, or of nothing else, and "
+                    "GPT-2's tokenizer holds such a run in memory; make tokens of characters (char), or break its lines"
+                )
             text, begins = following.text, False
+            uncut += len(text)
             following = next(source, None)
             yield text
 
     while following is not None:
         begins = True
         for text in tokenizer.cut(document()):
+            uncut = 0
             yield Piece(text, begins)
             begins = False
 
@@ -151,10 +197,10 @@ def default_workers() -> int:
 
 def make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
     """GPT-2's tokenizer, or one of the characters of the texts, which are read only for that."""
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer must be {' or '.join(KINDS)}, got {kind!r}")
     if kind == "gpt2":
         return Tokenizer.gpt2()
-    if kind != "char":
-        raise ValueError(f"tokenizer must be {' or '.join(TOKENIZERS)}, got {kind!r}")
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -168,7 +214,10 @@ def add_common_options(parser: ArgumentParser, name: str, tokenizer: str) -> Non
     """The options that every dataset has; `tokenizer` is the kind it has by default."""
     parser.add_argument("--output", type=Path, default=Path("data", name), metavar="FOLDER", help="where to write")
     parser.add_argument(
-        "--tokenizer", choices=TOKENIZERS, default=tokenizer, help="what a token is: GPT-2's byte pairs, or a character"
+        "--tokenizer",
+        choices=tuple(KINDS),
+        default=tokenizer,
+        help="what a token is: a character, or GPT-2's byte pairs",
     )
     parser.add_argument(
         "--workers", type=positive_int, metavar="N", help="threads that tokenise, one per processor by default"

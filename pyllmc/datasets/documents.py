@@ -8,7 +8,8 @@
 
 Documents without text are passed over. Line ends of plain text become line feeds; those inside JSON and Parquet stay.
 
-Called by text.py, and for what they share by the other modules of this folder; calls files.py.
+Called by text.py, and for what they share by common.py, tinyshakespeare.py and tinystories.py; calls files.py, and
+tokenizer.py for what ends a text.
 """
 
 from __future__ import annotations
@@ -126,38 +127,47 @@ def _read_json_lines(path: Path, field: str, report: Callable[[int], object]) ->
                 raise ValueError(f"{path}: line {number} has more than {MAX_LINE_BYTES} bytes: these are no JSON lines")
             report(len(line))
             if line.strip():
-                text = _text_in_json(line, field, f"{path}: line {number}")
+                place = f"{path}: line {number}"
+                text = text_of_field(parse_json(decode_utf8(line.rstrip(), place), place), field, place)
                 if text:
                     yield Piece(text)
 
 
-def _text_in_json(line: bytes, field: str, place: str) -> str:
+def decode_utf8(data: bytes | bytearray, place: str) -> str:
+    """UTF-8 -> text, without a byte-order mark; ValueError, naming `place` and the byte, if it is none."""
     try:
-        found = json.loads(line.decode("utf-8-sig"))
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def parse_json(text: str, place: str, object_hook: Callable[[dict], object] | None = None) -> object:
+    """What a JSON text says; what `object_hook` makes of an object in it takes its place. ValueError, naming `place`,
+    line and column, if it is none."""
+    try:
+        return json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: is no JSON: {error.msg}, column {error.colno}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{place}: is no JSON: {error.msg}, {line}column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise ValueError(f"{place}: is JSON that cannot be read: {error}") from None
-    return text_of_field(found, field, place)
 
 
 def text_of_field(found: object, field: str, place: str) -> str:
     """The text in one field of a JSON object; ValueError, naming `place`, if it is something else."""
     if not isinstance(found, dict):
-        wrong = f"expected an object with the field {field!r}, found {_kind_of(found)}"
+        wrong = f"expected an object with the field {field!r}, found {kind_of(found)}"
     elif field not in found:
         fields = ", ".join(map(repr, itertools.islice(found, 8))) or "none"
         wrong = f"there is no field {field!r}; the fields are {fields}"
     elif not isinstance(found[field], str):
-        wrong = f"the field {field!r} must be text, found {_kind_of(found[field])}"
+        wrong = f"the field {field!r} must be text, found {kind_of(found[field])}"
     else:
         return found[field]
     raise ValueError(f"{place}: {wrong}")
 
 
-def _kind_of(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

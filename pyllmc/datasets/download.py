@@ -1,9 +1,10 @@
 """A file from the network: known beforehand by its size and SHA-256, loaded once, gone on with after an interruption.
 
 While it is loaded the file is called NAME.part; it gets its name when its size and SHA-256 are right. A .part that is
-there, from a run that was stopped, is gone on with where the server can do that (Range), and loaded anew where not.
+there, from a run that was stopped, is gone on with where the server can do that (Range), and loaded anew where not. A
+server that is busy, or breaks off, is asked again.
 
-Called by tinyshakespeare.py and tinystories.py; calls requests, which waits and asks again where a server is busy.
+Called by tinyshakespeare.py and tinystories.py; calls requests, progress.py, files.py and logs.py.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from ..files import file_size, open_regular, sha256_of
 from ..logs import format_bytes
 from .progress import Progress
 
 ATTEMPTS = 5  # that bring nothing, one after the other
-BACKOFF_SECONDS = 0.5
+BACKOFF_SECONDS = 0.5  # before the second attempt, twice as long before each further one
+MAX_WAIT_SECONDS = 30  # for a server that asks for it
 TIMEOUT_SECONDS = (10, 60)  # to connect; without any data
 BLOCK_BYTES = 1 << 16  # what a broken connection costs at most
 BUSY = (429, 500, 502, 503, 504)
@@ -79,46 +79,35 @@ def _size(part: Path) -> int:
 def _download(address: str, part: Path, size: int) -> None:
     """Loads what is missing of `part`, in several attempts if the connection breaks."""
     failures, done = 0, _size(part)
-    with _session() as session, Progress(part.stem, size) as progress:
+    # Not compressed on the way: sizes and places are those of the file.
+    headers = {"Accept-Encoding": "identity"}
+    with Progress(part.stem, size) as progress:
         progress.start_at(done)
         while done < size:
-            response = _ask(session, address, part, done)
-            problem = "the connection ended too early"
+            wanted = {"Range": f"bytes={done}-"} if done else {}
+            problem, asked_to_wait = "the connection ended too early", 0
             try:
-                with response:
+                with requests.get(address, headers=headers | wanted, stream=True, timeout=TIMEOUT_SECONDS) as response:
+                    response.raise_for_status()
                     _write(response, part, done, size, progress)
             except requests.RequestException as error:
                 problem = _reason(error)
+                if isinstance(error, requests.HTTPError):
+                    if error.response.status_code not in BUSY:
+                        raise OSError(f"cannot download {address}: {problem}; {_otherwise(part)}") from None
+                    asked_to_wait = _seconds(error.response.headers.get("Retry-After", ""))
             done, before = _size(part), done
             failures = 0 if done > before else failures + 1
             if failures == ATTEMPTS:
                 there = f"{format_bytes(done)} of {format_bytes(size)} are there; run this again to go on, or "
                 raise OSError(f"cannot download {address}: {problem}; {there if done else ''}{_otherwise(part)}")
-            time.sleep(BACKOFF_SECONDS * failures)
+            if failures:
+                time.sleep(max(BACKOFF_SECONDS * 2 ** (failures - 1), asked_to_wait))
 
 
-def _session() -> requests.Session:
-    # A wait that a server asks for could be days.
-    retry = Retry(
-        total=ATTEMPTS, connect=1, status_forcelist=BUSY, backoff_factor=BACKOFF_SECONDS, raise_on_status=False,
-        respect_retry_after_header=False,
-    )  # fmt: skip
-    session = requests.Session()
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    return session
-
-
-def _ask(session: requests.Session, address: str, part: Path, done: int) -> requests.Response:
-    """The beginning of the answer to a question for the bytes from `done` on."""
-    # Not compressed on the way: sizes and places are those of the file.
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
-    try:
-        response = session.get(address, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise OSError(f"cannot download {address}: {_reason(error)}; {_otherwise(part)}") from None
-    return response
+def _seconds(retry_after: str) -> int:
+    """How long a server asks to wait, within bounds: it could be days, or a date."""
+    return min(int(retry_after), MAX_WAIT_SECONDS) if retry_after.isdecimal() else 0
 
 
 def _write(response: requests.Response, part: Path, done: int, size: int, progress: Progress) -> None:

@@ -37,8 +37,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 future.cancel()
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; while one is worked on, a thread gets the next."""
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; while one is worked on, a thread gets the next one, and no more."""
     source = iter(items)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, source, _END)

@@ -1,10 +1,12 @@
-"""Text files to tokens: `python -m pyllmc.datasets text FILE...`, and `prepare_text` for train.py.
+"""Text files to tokens: `python -m pyllmc.datasets text FILE...`, and `prepare_text` for prepare.py.
 
 The program makes GPT-2's tokens unless told otherwise: any text has them, and the files then fit GPT-2's weights and
-llm.c. Characters are for small models on small texts, which is what train.py makes of a text of its own.
+llm.c. Characters are for small models on small texts, which is what a training run makes of its own text.
 
 How much is held out is known only when all is tokenised; until then the tokens are in a temporary file. So the memory
-this takes does not depend on the length of the text. With characters the text is read twice: once to find them.
+this takes does not depend on the length of the text, but with GPT-2's tokens on that of its longest run without white
+space, which common.py limits, and with JSON lines and Parquet on that of the longest document. With characters the text
+is read twice: once to find them.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def prepare_text(
     workers     int, threads that tokenise; None: one per processor
 
     Each document begins with the end-of-text token. Raises OSError or ValueError (empty, too short, not UTF-8, a
-    character that is not in the vocabulary), naming the file; then `folder` is as it was.
+    character that is not in the vocabulary, a file in `folder` that is no dataset's), naming the file; then `folder` is
+    as it was. What an earlier call made there is replaced.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {held_out}")
@@ -59,7 +62,8 @@ def prepare_text(
     if not sources:
         raise ValueError("there is no file to make tokens of")
     vocabulary = _vocabulary(sources, field, tokenizer)
-    with split_files(Path(folder), vocabulary) as (train, val), _spool(Path(folder)) as spool:
+    inputs = [source for source in sources if isinstance(source, Path)]
+    with split_files(Path(folder), vocabulary, inputs=inputs) as (train, val), _spool(Path(folder)) as spool:
         for tokens in encode_pieces(_pieces(sources, field, "tokens"), vocabulary, workers):
             spool.write(tokens.astype(TOKEN, copy=False).data)
             _check_not_too_many(spool.tell() // TOKEN.itemsize, held_out)

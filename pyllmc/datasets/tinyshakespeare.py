@@ -44,7 +44,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
         tokens = tokenizer.encode_documents(documents)
         if len(tokens) <= NUM_VAL + 1:
             raise ValueError(f"{path}: {len(tokens):,} tokens are too few: the first {NUM_VAL:,} are held out")
-        with split_files(args.output, tokenizer, TRAIN_FILE, VAL_FILE) as (train, val):
+        with split_files(args.output, tokenizer, TRAIN_FILE, VAL_FILE, inputs=[path]) as (train, val):
             val.append(tokens[:NUM_VAL])
             train.append(tokens[NUM_VAL:])
     note = ""

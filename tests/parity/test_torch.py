@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pyllmc
-from pyllmc import checkpoint, cli, verify
+from pyllmc import cli, modelfile, verify
 from pyllmc.config import GPT2Config
 from pyllmc.model import GPT2, initial_parameters
 from pyllmc.optimizer import AdamW
@@ -197,7 +197,7 @@ def test_greedy_text_is_torchs():
 def test_torch_bfloat16_rounding():
     values = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(checkpoint.to_bfloat16(values), expected)
+    assert np.array_equal(modelfile.to_bfloat16(values), expected)
 
 
 GEOMETRY = ["--layers=2", "--heads=2", "--channels=16", "--context=12", "--batch-size=2", "--seq-len=12"]
@@ -213,8 +213,8 @@ def text(tmp_path):
 def test_the_program_writes_what_pyllmc_reads(tmp_path, text, capsys):
     torch_reference.main([*GEOMETRY, f"--text={text}", "--steps=3", f"--output={tmp_path}", "--generate=5", "--clip=1"])
     printed = capsys.readouterr().out
-    model = GPT2.from_checkpoint(tmp_path / "gpt2.bin")
-    state = checkpoint.read_debug_state(tmp_path / "gpt2_debug_state.bin", model.config)
+    model = GPT2.from_checkpoint(tmp_path / "model.bin")
+    state = modelfile.read_debug_state(tmp_path / "model_debug_state.bin", model.config)
     assert np.array_equal(model.flat_params, initial_parameters(model.config, seed=42))
     assert float(model.forward_backward(state.inputs, state.targets)) == pytest.approx(state.loss, abs=1e-5)
     assert np.abs(model.logits(state.inputs) - state.logits).max() <= 1e-5 * np.abs(state.logits).max()
@@ -223,8 +223,8 @@ def test_the_program_writes_what_pyllmc_reads(tmp_path, text, capsys):
     assert float(first[1]) == pytest.approx(state.losses[0], abs=2e-6)
     assert float(first[2]) == pytest.approx(state.norms[0], abs=2e-4)
     assert len(state.losses) == len(state.norms) == 10 and "mean of the last 2 steps" in printed
-    assert checkpoint.read_header(tmp_path / "gpt2_bf16.bin").version == 5
-    tokenizer = pyllmc.Tokenizer.load(tmp_path / "gpt2_tokenizer.bin")
+    assert modelfile.read_header(tmp_path / "model_bf16.bin").version == 5
+    tokenizer = pyllmc.Tokenizer.load(tmp_path / "tokenizer.bin")
     assert tokenizer.decode(state.inputs[0]) == "To be, or no"
 
 
@@ -236,16 +236,15 @@ def verdict(capsys, folder, model, debug):
 def test_verify_is_right_with_what_the_program_writes(tmp_path, text, capsys):
     torch_reference.main([*GEOMETRY, f"--text={text}", "--steps=0", f"--output={tmp_path}"])
     capsys.readouterr()
-    assert verdict(capsys, tmp_path, "gpt2.bin", "gpt2_debug_state.bin") == (0, "right: all 38 agree")
+    assert verdict(capsys, tmp_path, "model.bin", "model_debug_state.bin") == (0, "right: all 38 agree")
     # The rounded weights are another model, and have another debug state.
-    assert verdict(capsys, tmp_path, "gpt2_bf16.bin", "gpt2_debug_state.bin")[0] == 1
+    assert verdict(capsys, tmp_path, "model_bf16.bin", "model_debug_state.bin")[0] == 1
     rounded = tmp_path / "rounded"
-    init = [f"--init={tmp_path / 'gpt2_bf16.bin'}", "--batch-size=2", "--seq-len=12", f"--text={text}", "--steps=0"]
-    (tmp_path / "gpt2_tokenizer.bin").rename(tmp_path / "tokenizer.bin")
+    init = [f"--init={tmp_path / 'model_bf16.bin'}", "--batch-size=2", "--seq-len=12", f"--text={text}", "--steps=0"]
     torch_reference.main([*init, f"--output={rounded}"])
     capsys.readouterr()
-    assert verdict(capsys, tmp_path, "gpt2_bf16.bin", "rounded/gpt2_debug_state.bin") == (0, "right: all 38 agree")
-    with pytest.raises(ValueError, match="gpt2_bf16.bin is in it and may be written over"):
+    assert verdict(capsys, tmp_path, "model_bf16.bin", "rounded/model_debug_state.bin") == (0, "right: all 38 agree")
+    with pytest.raises(ValueError, match="model_bf16.bin is in it and may be written over"):
         torch_reference.main([*init, f"--output={tmp_path}"])
 
 
@@ -268,13 +267,13 @@ def test_steps_of_the_debug_state_are_torchs(tmp_path):
 
 
 def test_names_of_the_files():
-    """As llm.c's train_gpt2.py has them."""
+    """As llm.c's train_gpt2.py has them, but for sizes that it does not have."""
     d12, d48 = GPT2Config.from_descriptor("d12"), GPT2Config.from_descriptor("d48")
     small = GPT2Config(1, 1, 4, 50257, 1024)
     stems = [("d12", d12), ("gpt2:d48", d48), ("weights.bin", d12), ("weights.bin", d48), ("weights.bin", small)]
     names = [torch_reference.stem(init, config) for init, config in stems]
-    assert names == ["gpt2_d12", "gpt2_d48", "gpt2_124M", "gpt2_1558M", "gpt2"]
-    assert torch_reference.stem(None, small) == "gpt2"
+    assert names == ["gpt2_d12", "gpt2_d48", "gpt2_124M", "gpt2_1558M", "model"]
+    assert torch_reference.stem(None, small) == "model"
 
 
 def test_text_becomes_the_tokens_of_the_model(text, capsys):

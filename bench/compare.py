@@ -1,0 +1,204 @@
+"""Contestants in turn, round by round, and the table of targets: how fast pyllmc is beside others.
+
+    python bench/compare.py --quick                              some minutes
+    python bench/compare.py --json                               all of it, into bench/results/
+    python bench/compare.py --only attention,classifier --rounds 50 --details
+    python bench/compare.py --from bench/results/FILE.json       the table again
+
+Each contestant is a pytest-benchmark session in a process of its own, see turns.py; suite.py lists what is played,
+contestants.py who plays. The JSON is pytest-benchmark's, the records of all sessions in one list. Beyond it: in
+extra_info the contestant, its flops and bytes, `figures` (what a probe measured in each round), `peak_rss` (bytes of a
+process that did nothing else), and beside the benchmarks `errors`, a list of (contestant, benchmark, why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+# This checkout's pyllmc, whether or not it is installed, and the table of cases.
+sys.path[1:1] = [str(BENCH.parent)]
+sys.path.append(str(BENCH.parent / "tests"))
+
+import contestants  # noqa: E402
+import probes  # noqa: E402
+import suite  # noqa: E402
+import targets  # noqa: E402
+import turns  # noqa: E402
+from llmc_program import Program  # noqa: E402
+
+# A benchmark of which all rounds would take longer than this gets fewer of them, but never fewer than a third.
+BUDGET_SECONDS = {"full": 90.0, "quick": 6.0, "tiny": 5.0}
+ROUNDS = {"full": 30, "quick": 10, "tiny": 2}
+MEMORY_GROUPS = ("long",)
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 30, 10 with --quick)")
+    parser.add_argument("--only", default="", metavar="GROUP,...", help="some groups; unknown names list all of them")
+    parser.add_argument("--contestants", default="", metavar="NAME,...", help="some of them (default: all there are)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
+    parser.add_argument("--quick", action="store_const", dest="suite", const="quick", default="full",
+                        help="fewer shapes and rounds")  # fmt: skip
+    parser.add_argument("--suite", choices=("full", "quick", "tiny"), help="which table of suite.py (default: full)")
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the results (bench/results/...)")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="play nothing, print the table of these results")
+    parser.add_argument("--details", action="store_true", help="print every benchmark too")
+    parser.add_argument("--llmc", metavar="PATH", help="llm.c's train_gpt2, with gpt2_124M.bin and its data beside it")
+    parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one answer of a contestant")
+    args = parser.parse_args(argv)
+    args.only = [name for name in args.only.split(",") if name]
+    unknown = set(args.only) - set(suite.groups(args.suite))
+    if unknown:
+        parser.error(f"--only: no group {', '.join(sorted(unknown))}; there are {', '.join(suite.groups(args.suite))}")
+    args.contestants = [name for name in args.contestants.split(",") if name]
+    known = [*contestants.installed(), "llmc"]
+    unknown = set(args.contestants) - set(known)
+    if unknown:
+        parser.error(f"--contestants: no {', '.join(sorted(unknown))} here; there are {', '.join(known)}")
+    if args.rounds is not None and args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return args
+
+
+class Match:
+    """All players, the benchmarks in order, and what came of them."""
+
+    def __init__(self, args):
+        self.args = args
+        self.entries = [e for e in suite.benchmarks(args.suite) if not args.only or e.group in args.only]
+        self.records, self.errors = [], []
+        self.players = []
+
+    def play(self):
+        try:
+            self._start()
+            for number, entry in enumerate(self.entries, 1):
+                start = time.monotonic()
+                line = self._play(entry)
+                seconds = time.monotonic() - start
+                where = f"[{number}/{len(self.entries)}, {seconds:.0f} s]"
+                print(where, f"{entry.name}: {line}", file=sys.stderr, flush=True)
+        finally:
+            for player in self.players:
+                player.finish()
+
+    def _start(self):
+        arguments = ["--suite", self.args.suite, "--bench-threads", str(self.args.threads)]
+        arguments += ["--only", ",".join(self.args.only)] if self.args.only else []
+        for name in contestants.installed():
+            wanted = not self.args.contestants or name in self.args.contestants
+            if wanted and any(contestants.takes_part(name, entry) for entry in self.entries):
+                environment = contestants.environment(name, self.args.threads)
+                self.players.append(turns.Player(name, arguments, environment, self.args.timeout))
+        names = [entry.name for entry in self.entries if "llmc" in entry.others]
+        if self.args.llmc and names:
+            environment = contestants.environment("llmc", self.args.threads)
+            self.players.append(Program("llmc", self.args.llmc, names, environment, self.args.timeout))
+        for player in list(self.players):
+            self._attempt(player, "its start", player.start)
+
+    def _attempt(self, player, what, action, *arguments):
+        """What action gives, or None where the player fails; one that is gone leaves the match."""
+        try:
+            return action(*arguments)
+        except turns.Failed as error:
+            why = str(error)
+        except turns.Gone as error:
+            why = str(error)
+            self.players.remove(player)
+            player.finish()
+        self.errors.append((player.name, what, why))
+        print(f"{player.name}: {what}: {why}", file=sys.stderr, flush=True)
+        return None
+
+    def _play(self, entry):
+        seconds = {}
+        for player in [player for player in self.players if entry.name in player.names]:
+            taken = self._attempt(player, entry.name, player.prepare, entry.name)
+            if taken is not None:
+                seconds[player] = taken
+        wanted = self.args.rounds or ROUNDS[self.args.suite]
+        affordable = int(BUDGET_SECONDS[self.args.suite] / max(sum(seconds.values()), 1e-9))
+        rounds = max(min(wanted, affordable), -(-wanted // 3))
+        playing = [player for player in seconds if self._attempt(player, entry.name, begin, player, rounds)]
+        for _ in range(rounds):
+            for player in list(playing):
+                if self._attempt(player, entry.name, player.turn) is None:
+                    playing.remove(player)
+        best = []
+        for player in playing:
+            record = self._attempt(player, entry.name, player.end)
+            if record is not None:
+                self.records.append(record)
+                best.append(f"{player.name} {targets.figure(record)}")
+        return ", ".join(best)
+
+    def measure_memory(self):
+        """The largest resident memory of a process that only does this benchmark, into the records of it."""
+        for record in self.records:
+            info = record["extra_info"]
+            if info["group"] not in MEMORY_GROUPS or "figures" in info or info["contestant"].endswith("-1t"):
+                continue
+            command = [sys.executable, str(BENCH / "peak_memory.py"), info["contestant"], info["benchmark"]]
+            command += [self.args.suite, str(self.args.threads)]
+            environment = contestants.environment(info["contestant"], self.args.threads)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode == 0:
+                info["peak_rss"] = int(done.stdout.split()[-1])
+            else:
+                why = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+                self.errors.append((info["contestant"], f"memory of {info['benchmark']}", why))
+
+
+def begin(player, rounds):
+    player.begin(rounds)
+    return True
+
+
+def results(match):
+    """The merged JSON."""
+    from pytest_benchmark import __version__, plugin, utils
+
+    info = plugin.pytest_benchmark_generate_machine_info()
+    info["pyllmc"] = probes.machine(match.args.threads)
+    return {
+        "machine_info": info, "commit_info": utils.get_commit_info(), "benchmarks": match.records,
+        "datetime": datetime.now(UTC).isoformat(), "version": __version__,
+        "suite": match.args.suite, "errors": match.errors,
+    }  # fmt: skip
+
+
+def default_path(data):
+    machine = re.sub(r"[^A-Za-z0-9]+", "-", data["machine_info"]["pyllmc"]["processor"]).strip("-").lower()
+    return BENCH / "results" / f"{machine}-{date.today().isoformat()}.json"
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.source:
+        data = json.loads(Path(args.source).read_text(encoding="utf-8"))
+    else:
+        match = Match(args)
+        match.play()
+        match.measure_memory()
+        # Through JSON, so that a run and its file give the same table.
+        data = json.loads(json.dumps(results(match)))
+    if args.json is not None:
+        path = Path(args.json) if args.json else default_path(data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(targets.table(data, details=args.details))
+    return 0 if data["benchmarks"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
