@@ -5,8 +5,8 @@
     python bench/compare.py --only attention,classifier --rounds 50 --details
     python bench/compare.py --from bench/results/FILE.json       the table again
 
-Each contestant is a pytest-benchmark session in a process of its own, see turns.py; suite.py lists what is played,
-contestants.py who plays. The JSON is pytest-benchmark's, the records of all sessions in one list. Beyond it: in
+Each contestant is a run of pytest-benchmark in a process of its own, see turns.py; suite.py lists what is played,
+contestants.py who plays. The JSON is pytest-benchmark's, the records of all contestants in one list. Beyond it: in
 extra_info the contestant, its flops and bytes, `figures` (what a probe measured in each round), `peak_rss` (bytes of a
 process that did nothing else), and beside the benchmarks `errors`, a list of (contestant, benchmark, why).
 """

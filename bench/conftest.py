@@ -51,7 +51,7 @@ def threads(request):
 
 @pytest.fixture(scope="session")
 def seat(request):
-    """This session's place among players that take turns, or None where it plays alone."""
+    """This process's place among players that take turns, or None where it plays alone."""
     import turns
 
     descriptors = request.config.getoption("--seat")

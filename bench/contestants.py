@@ -1,11 +1,11 @@
 """Who takes part, and how each does what a benchmark asks: `prepare(name, benchmark, threads)` -> Work.
 
-    cpu, cuda        pyllmc's backends, as far as this machine has them
-    cpu-1t           the CPU backend on one thread
-    cpu-products     the CPU backend's bare products, which the classifier is held to
-    numpy, torch, torch-compile, transformers       the peers, as far as they are installed
-    fma, fma-1t, copy, read, update                 the probes of probes.py
-    llmc             llm.c's CPU program, where compare.py is told of one; not part of any pytest session
+cpu, cuda        pyllmc's backends, as far as this machine has them
+cpu-1t           the CPU backend on one thread
+cpu-products     the CPU backend's bare products, which the classifier is held to
+numpy, torch, torch-compile, transformers       the peers, as far as they are installed
+fma, fma-1t, copy, read, update                 the probes of probes.py
+llmc             llm.c's CPU program, where compare.py is told of one; not run by pytest
 """
 
 import os

@@ -1,15 +1,15 @@
 """Taking turns: contestants in processes of their own, of which one at a time works and all others sleep.
 
 Two libraries' idle threads in one process cut each other's speed in half, and a shared machine drifts, so contestants
-alternate round by round, A B A B, each in a pytest session that sleeps on a pipe between its turns and times itself.
+alternate round by round, A B A B, each in a run of pytest that sleeps on a pipe between its turns and times itself.
 `Seat` is the contestant's end, `Player` the coordinator's. Messages are lines of JSON:
 
-    player: {"names": [...]}            the benchmarks of this session, in order        then for each that is played
+    player: {"names": [...]}            the benchmarks of this process, in order        then for each that is played
     coordinator: {"prepare": name}      player: {"ready": seconds of a round}
     coordinator: {"rounds": n}
     coordinator: {"go": true}           player: {"took": seconds}                       n times
     coordinator: {"end": true}          player: {"record": what pytest-benchmark would write to its JSON}
-    coordinator: {"finish": true}       once; the session ends
+    coordinator: {"finish": true}       once; the process ends
 
 In place of any answer a player may say {"failed": why}; it then waits for the next "prepare". Whatever a player does,
 making inputs and freeing them too, it does between a message and its answer, so never in another's turn; and it answers
@@ -44,7 +44,7 @@ class Gone(Exception):
 
 
 class Seat:
-    """What a pytest session plays with: two ends of pipes, as "read,write"."""
+    """What a run of pytest plays with: two ends of pipes, as "read,write"."""
 
     def __init__(self, descriptors):
         gc.collect()
@@ -69,7 +69,7 @@ class Seat:
     def play(self, benchmark, name, make_work, report):
         """Times the work with benchmark.pedantic, a round for each turn; report(work, figures) fills extra_info.
 
-        Does nothing while another benchmark, further on in the session's list, is asked for.
+        Does nothing while another benchmark, further on in this process's list, is asked for.
         """
         self.asked = self.asked or self.wait("prepare")
         if self.asked != name:
@@ -193,7 +193,7 @@ class Player:
         return self._ask("record", end=True)
 
     def finish(self):
-        """Lets the session end; kills it where it does not."""
+        """Lets the process end; kills it where it does not."""
         try:
             self._say(finish=True)
             self.process.wait(timeout=60)

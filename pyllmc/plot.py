@@ -116,9 +116,11 @@ def _draw_run(axes, curves: dict, train_label: str, validation_label: str, train
 
 
 def _scale(axes, runs: dict[str, dict]) -> None:
-    """Shows the fall after the first steps, not the cliff at the start: a logarithmic loss axis with plain numbers."""
+    """Shows the fall after the first steps, not the cliff at the start: a logarithmic loss axis with plain numbers.
+    Steps are whole."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     losses = [loss for curves in runs.values() for name in ("trl", "tel") for loss in curves.get(name, {}).values()]
     losses = [loss for loss in losses if 0 < loss < float("inf")]
     if losses and max(losses) / min(losses) > 1.5:
