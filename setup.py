@@ -43,7 +43,7 @@ ISA_PROGRAMS = {
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
-    ISA_FLAGS["avx512"] = ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
     ISA_PROGRAMS["avx2"] = (
         "#include <immintrin.h>\nint main(void) { __m256 x = _mm256_setzero_ps();"
         " return _mm256_movemask_ps(_mm256_fmadd_ps(x, x, x)); }\n"
@@ -56,6 +56,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # -ffp-contract=off: a product and a sum fuse only where the source says vfma, so every compiler gives the same bits.
 # Never -ffast-math: it sets flush-to-zero for the whole process at import, and breaks infinities.
 FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# The source says what is inline, and nothing else is: the sums of a product's tile stay in registers only where the
+# tile is compiled into a function of its own.
+FLAGS += ["-fno-inline-functions", "-fno-inline-functions-called-once"]
+FLAGS += ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 FLAGS += ["-Wno-unused-function", "-Wno-psabi"]
 FLAGS += ["-O1", "-g"] if DEBUG else ["-O3", "-g0"]
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []

@@ -113,17 +113,22 @@ def _prepare_model(kind, benchmark):
 
 
 def _prepare_op(kind, call):
-    """One call with its outputs given, as the model makes it."""
+    """One call with its outputs given and all arrays the backend's own, as the model makes it."""
     ops = _backend(kind)
-    inputs = {k: ops.from_host(v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
+    inputs = {k: _own(ops, v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
     outputs = {k: ops.empty(shape) for k, shape in call.outputs.items()}
     finish = None if kind == "cpu" else ops.synchronize
     return Work(partial(getattr(ops, call.op), **inputs, **outputs), call.flops, call.bytes, finish)
 
 
+def _own(ops, array):
+    return ops.from_host(array, out=ops.empty(array.shape, array.dtype))
+
+
 def _bare_products(call):
     """The three products of the LM head at once, with all logits in memory and no loss between them."""
-    ops, inputs = _backend("cpu"), call.inputs
+    ops = _backend("cpu")
+    inputs = {k: _own(ops, v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
     weight = inputs["weight"][: inputs["vocab_size"]]
     logits = ops.empty((*inputs["inp"].shape[:-1], weight.shape[0]))
     dinp, dweight = ops.empty(inputs["inp"].shape), ops.empty(weight.shape)

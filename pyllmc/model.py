@@ -329,7 +329,7 @@ def initial_parameters(config: GPT2Config, seed: int = 42) -> np.ndarray:
     Matrices and embeddings are N(0, 0.02), the two projections onto the residual stream N(0, 0.02 / sqrt(2 L)); norms
     are 1, biases and the padding rows of wte 0.
     """
-    flat = np.zeros(config.num_parameters_padded, dtype=np.float32)
+    flat = backend("cpu").zeros(config.num_parameters_padded)
     params = views(flat, config)
     for tensor in TENSORS:
         if tensor.kind == "norm":

@@ -2,7 +2,7 @@
 
 The formats: data/README.md. Every number of a header is checked against the size of its file before anything is
 allocated. Called by model.py, prepare.py, checkpoint.py, generate.py and verify.py; calls config.py, tensors.py,
-files.py and hardware.py.
+files.py, hardware.py and, for arrays that suit the ops, backends.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .backends import backend
 from .config import GPT2Config
 from .files import SLOTS, atomic_write, check_size, file_size, open_regular, read_into, read_slots
 from .hardware import require_memory
@@ -70,7 +71,7 @@ def to_bfloat16(array: np.ndarray) -> np.ndarray:
 def _read_parameters(file: BinaryIO, config: GPT2Config, rows: int, itemsize: int) -> np.ndarray:
     """All parameters (or their gradients) as a flat float32 array with Vp rows of wte, from a file with `rows` rows."""
     require_memory(FLOAT_BYTES * config.num_parameters_padded, f"{file.name}: reading {config.num_parameters} numbers")
-    flat = np.zeros(config.num_parameters_padded, dtype=np.float32)
+    flat = backend("cpu").zeros(config.num_parameters_padded)
     used = config.vocab_size * config.channels
     _read_floats(file, flat[:used], itemsize)
     file.seek((rows - config.vocab_size) * config.channels * itemsize, os.SEEK_CUR)

@@ -1,6 +1,7 @@
 # The optimizer's two passes over memory: the norm of the gradient, and the update.
 
 cdef enum:
+    SQUARES = 8             # running sums within it
     NORM_STRIP = 16384      # elements of one partial sum of the norm; fixed, so that it does not depend on the threads
 
 
@@ -37,10 +38,23 @@ cdef void adamw_strip(const AdamW* o, float* param, const float* grad, float* m,
 
 
 cdef double square_strip(const float* x, Py_ssize_t i, Py_ssize_t stop) noexcept nogil:
-    cdef double total = 0.0
-    while i < stop:
-        total += vsum_squares(load_some(x + i, smaller(W, stop - i)))
-        i += W
+    """The sum of x^2 over i .. stop - 1, as SQUARES running sums of doubles."""
+    cdef vdouble sums[SQUARES]
+    cdef vdouble wide
+    cdef Py_ssize_t j
+    cdef double total
+    for j in range(SQUARES):
+        sums[j] = vzero_wide()
+    while i + SQUARES * (W // 2) <= stop:
+        for j in range(SQUARES):
+            wide = vwiden(x + i + j * (W // 2))
+            sums[j] = vfma_wide(wide, wide, sums[j])
+        i += SQUARES * (W // 2)
+    for j in range(1, SQUARES):
+        sums[0] = vadd_wide(sums[0], sums[j])
+    total = vreduce_wide(sums[0])
+    for j in range(i, stop):
+        total += <double> x[j] * x[j]
     return total
 
 

@@ -5,12 +5,13 @@
 #     P^T = e^(S^T - m)               over keys needs no sum across lanes, and P^T is "by k" just as the register
 #     O   = P V                       tile wants its left operand
 # with the running maximum m and sum of online softmax. Its backward pass is in attention_backward.pxi.
-# Tiles above the diagonal are skipped. Keys and values of a head are packed once, zero-padded to whole tiles.
+# Tiles above the diagonal are skipped. Each thread packs the keys and values of the head that it works on, zero-padded
+# to whole tiles.
 
 cdef enum:
     BQ = 3 * NR             # queries in a block: a multiple of MR, NR and W
     BK = 96                 # keys in a block: a multiple of MR
-    PACKED = 2097152        # floats of packed keys and values at once (8 MiB): heads are worked on in groups
+    AHEAD = 256             # up to so many positions the next head is fetched while one is worked on: L2 holds both
     FEW_QUERIES = 4         # up to so many queries a head is limited by reading its cache once: no packing pays
 
 
@@ -48,16 +49,21 @@ cdef Heads new_heads(Py_ssize_t B, Py_ssize_t T, Py_ssize_t S, Py_ssize_t NH, Py
     return h
 
 
-cdef void pack_rows(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, Py_ssize_t width,
-                    float* dst) noexcept nogil:
+cdef inline void pack_rows(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, Py_ssize_t width,
+                           float* dst) noexcept nogil:
     """rows (count, HS) as panels of `width` rows, each by k: element (i, k) of a panel at k * width + i."""
     cdef Py_ssize_t i = 0
     while i < count:
-        if width == MR:
-            pack(rows + i * ld, ld, False, count - i, HS, MR, dst + i * HS)
-        else:
-            pack(rows + i * ld, ld, False, count - i, HS, NR, dst + i * HS)
+        pack(rows + i * ld, ld, False, count - i, HS, width, dst + i * HS)
         i += width
+
+
+cdef void pack_left(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, float* dst) noexcept nogil:
+    pack_rows(rows, ld, count, HS, MR, dst)
+
+
+cdef void pack_right(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, float* dst) noexcept nogil:
+    pack_rows(rows, ld, count, HS, NR, dst)
 
 
 cdef void pack_columns(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, float* dst) noexcept nogil:
@@ -68,13 +74,25 @@ cdef void pack_columns(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ss
         j += NR
 
 
+cdef inline void fetch_rows(const float* rows, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t HS, Py_ssize_t part,
+                            Py_ssize_t parts) noexcept nogil:
+    """Asks for one of `parts` parts of rows (count, HS) to be in L2: what the next head will need."""
+    cdef Py_ssize_t i = count * part // parts, stop = count * (part + 1) // parts, j
+    while i < stop:
+        j = 0
+        while j < HS:
+            prefetch_l2(rows + i * ld + j)
+            j += LINE
+        i += 1
+
+
 cdef inline Py_ssize_t packed_size(const Heads* h) noexcept nogil:
     return h.HS * h.Sp + h.HSp * h.S
 
 
 cdef void pack_head(const Heads* h, Py_ssize_t head, float* packed) noexcept nogil:
     cdef Py_ssize_t at = head // h.NH * h.kv_batch + head % h.NH * h.kv_head
-    pack_rows(h.k + at, h.kv_row, h.S, h.HS, MR, packed)
+    pack_left(h.k + at, h.kv_row, h.S, h.HS, packed)
     pack_columns(h.v + at, h.kv_row, h.S, h.HS, packed + h.HS * h.Sp)
 
 
@@ -120,11 +138,11 @@ cdef inline Py_ssize_t block_scratch(const Heads* h) noexcept nogil:
     return BQ * (h.HS + BK + h.HSp + 3)
 
 
-cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const float* packed,
-                       float* scratch) noexcept nogil:
-    """The outputs of queries q0 .. q0 + BQ - 1 of one head."""
+cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const float* packed, float* scratch,
+                       bint ahead) noexcept nogil:
+    """The outputs of queries q0 .. q0 + BQ - 1 of one head. ahead: the next head of the sequence comes next."""
     cdef Py_ssize_t nq = smaller(BQ, h.T - q0), first_key = h.S - h.T + q0, C = h.NH * h.HS
-    cdef Py_ssize_t b = head // h.NH, n = head % h.NH, k0 = 0, nk, i, j, depth
+    cdef Py_ssize_t b = head // h.NH, n = head % h.NH, k0 = 0, nk, i, j, mr, depth
     cdef const float* keys = packed
     cdef const float* values = packed + h.HS * h.Sp
     cdef float* queries = scratch
@@ -135,7 +153,10 @@ cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const flo
     cdef float* shrink = total + BQ
     cdef float* out
     cdef vfloat x
-    pack_rows(h.q + b * h.q_batch + n * h.HS + q0 * h.q_row, h.q_row, nq, h.HS, NR, queries)
+    cdef const float* q = h.q + b * h.q_batch + n * h.HS + q0 * h.q_row
+    cdef const float* k = h.k + b * h.kv_batch + n * h.kv_head + q0 * h.kv_row
+    cdef const float* v = k + (h.v - h.k)
+    pack_right(q, h.q_row, nq, h.HS, queries)
     for i in range(BQ):
         peak[i] = LOWEST
         total[i] = 0.0
@@ -143,10 +164,15 @@ cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const flo
         nk = smaller(BK, h.S - k0)
         i = 0
         while i < nk:
+            if ahead and k0 == 0:
+                fetch_rows(q + h.HS, h.q_row, nq, h.HS, i // MR, ceil_div(nk, MR))
+                fetch_rows(k + h.kv_head, h.kv_row, nq, h.HS, i // MR, ceil_div(nk, MR))
+                fetch_rows(v + h.kv_head, h.kv_row, nq, h.HS, i // MR, ceil_div(nk, MR))
+            mr = smaller(MR, nk - i)
             j = 0
             while j < nq:
                 if k0 + i <= first_key + j + NR - 1:
-                    tile_product(h.HS, keys + (k0 + i) * h.HS, MR, queries + j * h.HS, NR, scores + i * BQ + j, BQ,
+                    tile_product(mr, h.HS, keys + (k0 + i) * h.HS, MR, queries + j * h.HS, NR, scores + i * BQ + j, BQ,
                                  False)
                 j += NR
             i += MR
@@ -160,10 +186,11 @@ cdef void attend_block(const Heads* h, Py_ssize_t head, Py_ssize_t q0, const flo
                     j += W
         i = 0
         while i < nq:
+            mr = smaller(MR, nq - i)
             depth = smaller(nk, first_key + i + MR - k0)
             j = 0
             while j < h.HSp and depth > 0:
-                tile_product(depth, scores + i, BQ, values + j * h.S + k0 * NR, NR, sums + i * h.HSp + j, h.HSp,
+                tile_product(mr, depth, scores + i, BQ, values + j * h.S + k0 * NR, NR, sums + i * h.HSp + j, h.HSp,
                              k0 > 0)
                 j += NR
             i += MR
@@ -219,23 +246,38 @@ cdef void attend_row(const Heads* h, Py_ssize_t item, float* scores) noexcept no
         j += W
 
 
+cdef void attend_heads(const Heads* h, Py_ssize_t first, Py_ssize_t stop, Py_ssize_t part, Py_ssize_t parts,
+                       float* scratch) noexcept nogil:
+    """Every parts-th block of queries of some heads, from the last on, which sees the most keys."""
+    cdef Py_ssize_t head, block
+    cdef float* packed = scratch + block_scratch(h)
+    cdef bint ahead
+    for head in range(first, stop):
+        pack_head(h, head, packed)
+        ahead = h.S <= AHEAD and h.S == h.T and head + 1 < stop and (head + 1) % h.NH > 0
+        block = ceil_div(h.T, BQ) - 1 - part
+        while block >= 0:
+            attend_block(h, head, block * BQ, packed, scratch, ahead)
+            block -= parts
+
+
+cdef inline Py_ssize_t run_of_heads(Py_ssize_t heads, int t) noexcept:
+    """Heads of one item: neighbours, so that each can fetch the next, and still some items for each thread."""
+    return larger(1, smaller(8, heads // (4 * t)))
+
+
 cdef int attend(const Heads* h) except -1:
-    cdef Py_ssize_t heads = h.B * h.NH, blocks = ceil_div(h.T, BQ), group, first = 0, count, item
-    cdef double work = <double> heads * h.T * h.S * h.HS
-    cdef int t = team(work, heads * blocks)
-    group = larger(larger(1, smaller(t, heads)), smaller(heads, PACKED // packed_size(h)))
-    cdef Scratch packed = Scratch(group * packed_size(h)), blocks_scratch = Scratch(t * block_scratch(h))
-    cdef float* pack = packed.floats()
-    cdef float* scratch = blocks_scratch.floats()
-    while first < heads:
-        count = smaller(group, heads - first)
-        for item in prange(count, nogil=True, num_threads=t, schedule="static"):
-            pack_head(h, first + item, pack + item * packed_size(h))
-        # the last block of queries sees the most keys: longest items first
-        for item in prange(count * blocks, nogil=True, num_threads=t, schedule="dynamic"):
-            attend_block(h, first + item % count, (blocks - 1 - item // count) * BQ,
-                         pack + item % count * packed_size(h), scratch + threadid() * block_scratch(h))
-        first += count
+    cdef Py_ssize_t heads = h.B * h.NH, blocks = ceil_div(h.T, BQ), item
+    cdef int t = team(<double> heads * h.T * h.S * h.HS, heads * blocks)
+    # items are runs of heads, or parts of one: each packs keys and values for itself
+    cdef Py_ssize_t run = run_of_heads(heads, t)
+    cdef Py_ssize_t parts = 1 if t == 1 else smaller(blocks, ceil_div(3 * t, heads))
+    cdef Py_ssize_t size = round_up(block_scratch(h) + packed_size(h), 16)
+    cdef Scratch scratch = Scratch(t * size)
+    cdef float* work = scratch.floats()
+    for item in prange(ceil_div(heads, run) * parts, nogil=True, num_threads=t, schedule="dynamic"):
+        attend_heads(h, item // parts * run, smaller(heads, (item // parts + 1) * run), item % parts, parts,
+                     work + threadid() * size)
     return 0
 
 
@@ -247,7 +289,7 @@ def attention_forward(qkv, num_heads, *, out=None, lse=None):
     out: float32 (B, T, C); lse: float32 (B, NH, T), both overwritten. Returns out, lse.
     Backward needs qkv, out and lse. Raises ValueError for a wrong shape, dtype, order or overlap, and for channels that
     the heads do not divide.
-    Split over blocks of queries of each head; memory beyond the operands is O(T) per head.
+    Split over runs of heads, or blocks of queries where heads are few; each thread keeps O(T) floats of its own.
     Source: Dao et al. (2022), arXiv 2205.14135; the result is that of llm.c train_gpt2.c attention_forward.
     """
     cdef Operands arrays = Operands("attention_forward")

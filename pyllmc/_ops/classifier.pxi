@@ -109,7 +109,7 @@ def classifier_forward_backward(inp, weight, targets, *, vocab_size=None, loss_s
         count = smaller(chunk_rows(rows, V), rows - first)
         chunk_logits(x + first * C, w, logits, count, V, C)
         chunk_losses(logits, count, V, wanted + first, loss + first, scale, True)
-        matmul_dweight(logits, x + first * C, dw, count, V, C, add or first > 0)
+        matmul_dweight(logits, x + first * C, dw, NULL, count, V, C, add or first > 0)
         matmul_dinp(logits, w, dx + first * C, count, V, C, NULL)      # last: dinp may lie where inp does
         first += count
     if not add:

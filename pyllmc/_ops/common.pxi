@@ -3,7 +3,7 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
 from libc.stdlib cimport free
 from libc.stdint cimport int32_t, uintptr_t
 from libc.string cimport memcpy, memset
@@ -12,6 +12,9 @@ from posix.stdlib cimport posix_memalign
 from pyllmc._ops.simd cimport *
 
 import numpy
+
+# empty and zeros are used here, all five belong to every backend
+from pyllmc._ops.memory import empty, from_host, synchronize, to_host, zeros
 
 # ---- threads --------------------------------------------------------------------------------------------------------
 
@@ -120,13 +123,12 @@ cdef class Scratch:
 
 cdef enum:
     MAX_OPERANDS = 12
+    ALIGNED_FROM = 16384    # floats of a new array
 
 
 cdef object float32 = numpy.dtype("float32")
 cdef object int32 = numpy.dtype("int32")
 cdef object ndarray = numpy.ndarray
-cdef object new_array = numpy.empty
-cdef object new_zeros = numpy.zeros
 
 
 @cython.final
@@ -241,13 +243,15 @@ cdef inline Py_ssize_t product(tuple shape):
 
 
 cdef inline object given(object array, tuple shape):
-    """The caller's output, or a new one."""
-    return new_array(shape, float32) if array is None else array
+    """The caller's output, or a new one: aligned where that is worth the time that it takes."""
+    if array is not None:
+        return array
+    return empty(shape) if product(shape) >= ALIGNED_FROM else numpy.empty(shape, float32)
 
 
 cdef inline object given_gradient(object array, tuple shape, bint accumulate):
     """The caller's gradient of a parameter, or a new one: of zeros where it will be added to."""
-    return new_zeros(shape, float32) if array is None and accumulate else given(array, shape)
+    return zeros(shape) if array is None and accumulate else given(array, shape)
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t n, Py_ssize_t d) noexcept nogil:
@@ -270,6 +274,7 @@ cdef inline Py_ssize_t larger(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef enum:
     STRIP = 8192    # floats of an elementwise op handled as one item: 32 KiB
+    LINE = 16       # floats of a cache line
 
 
 cdef inline Py_ssize_t strips(Py_ssize_t n) noexcept nogil:

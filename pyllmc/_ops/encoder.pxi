@@ -1,9 +1,5 @@
 # Token and position embedding: the first thing a step does, and, backward, the last.
 
-cdef enum:
-    ENCODER_CHANNELS = 64       # channels of one item of the backward pass
-
-
 cdef void encode_row(const int32_t* tokens, const float* wte, const float* wpe, float* out, Py_ssize_t row,
                      Py_ssize_t T, Py_ssize_t C) noexcept nogil:
     cdef const float* token = wte + <Py_ssize_t> tokens[row] * C
@@ -16,23 +12,51 @@ cdef void encode_row(const int32_t* tokens, const float* wte, const float* wpe, 
         j += W
 
 
-cdef void scatter_item(const float* dout, const int32_t* tokens, float* dwte, float* dwpe, Py_ssize_t rows,
-                       Py_ssize_t T, Py_ssize_t C, Py_ssize_t item) noexcept nogil:
-    """All rows, in order, for one strip of channels: no two threads touch one element, so no order is left open."""
-    cdef Py_ssize_t first = item * ENCODER_CHANNELS, stop = smaller(C, first + ENCODER_CHANNELS), row, j, n
+cdef void sort_rows(const int32_t* tokens, Py_ssize_t rows, Py_ssize_t V, int32_t* start,
+                    int32_t* order) noexcept nogil:
+    """order: the rows by token, those of one token in order; start[v]: how many come before those of token v."""
+    cdef Py_ssize_t i
+    cdef int32_t before = 0, count
+    memset(start, 0, (V + 1) * sizeof(int32_t))
+    for i in range(rows):
+        start[tokens[i]] += 1
+    for i in range(V + 1):
+        count = start[i]
+        start[i] = before
+        before += count
+    for i in range(rows):
+        order[start[tokens[i]]] = <int32_t> i
+        start[tokens[i]] += 1
+    for i in range(V, 0, -1):   # each has moved to where the next one starts
+        start[i] = start[i - 1]
+    start[0] = 0
+
+
+cdef void scatter_strip(const float* dout, const int32_t* tokens, const int32_t* order, float* dwte, float* dwpe,
+                        Py_ssize_t rows, Py_ssize_t T, Py_ssize_t C, Py_ssize_t first, Py_ssize_t stop,
+                        bint add_wte) noexcept nogil:
+    """All rows for some channels, by token: a row of dwte is written when it is first met, and near when met again."""
+    cdef Py_ssize_t i, j, n, row, last = -1, ahead
     cdef vfloat x
     cdef float* token
     cdef float* position
-    for row in range(rows):
+    for i in range(rows):
+        row = order[i]
         token = dwte + <Py_ssize_t> tokens[row] * C
         position = dwpe + row % T * C
+        ahead = order[smaller(i + 3, rows - 1)]     # the rows lie anywhere: no processor guesses the next one
         j = first
         while j < stop:
             n = smaller(W, stop - j)
+            prefetch(dout + ahead * C + j)
+            prefetch(dwte + <Py_ssize_t> tokens[ahead] * C + j)
             x = load_some(dout + row * C + j, n)
-            store_some(token + j, vadd(load_some(token + j, n), x), n)
             store_some(position + j, vadd(load_some(position + j, n), x), n)
+            if add_wte or tokens[row] == last:
+                x = vadd(load_some(token + j, n), x)
+            store_some(token + j, x, n)
             j += W
+        last = tokens[row]
 
 
 def encoder_forward(tokens, wte, wpe, *, out=None):
@@ -69,7 +93,8 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
     dwte (V, C), dwpe (maxT, C): float32, overwritten (rows that do not occur become 0), or added to with
     accumulate=True. tied=True: dwte already holds the gradient of the tied LM head and is always added to.
     Returns dwte, dwpe. Raises ValueError for a wrong shape, dtype, order or overlap, for T > maxT, for a token outside
-    the table, and for tied without dwte. Split over strips of 64 channels, each of which adds the rows in order.
+    the table, and for tied without dwte. Split over channels; the rows of a token are added in order, and those of a
+    position token by token.
     Source: llm.c train_gpt2.c encoder_backward.
     """
     cdef Operands arrays = Operands("encoder_backward")
@@ -89,12 +114,23 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
     cdef float* token = arrays.out("dwte", dwte, wte_shape)
     cdef float* position = arrays.out("dwpe", dwpe, wpe_shape)
     arrays.done()
-    if not add_wte:
-        memset(token, 0, product(wte_shape) * sizeof(float))
+    if rows > 2147483647:
+        raise arrays.error(f"at most 2147483647 tokens at once, got {rows}")
+    cdef Py_ssize_t V = wte_shape[0], width
+    cdef Scratch integers = Scratch(V + 1 + rows)
+    cdef int32_t* start = <int32_t*> integers.floats()
+    cdef int32_t* order = start + V + 1
+    sort_rows(ids, rows, V, start, order)
     if not add:
         memset(position, 0, product(wpe_shape) * sizeof(float))
-    cdef Py_ssize_t items = ceil_div(C, ENCODER_CHANNELS)
-    cdef int t = team(<double> rows * C, items)
-    for item in prange(items, nogil=True, num_threads=t, schedule="static"):
-        scatter_item(dy, ids, token, position, rows, T, C, item)
+    cdef int t = team(<double> rows * C, ceil_div(C, LINE))
+    width = round_up(ceil_div(C, t), LINE)
+    with nogil, parallel(num_threads=t):
+        for item in prange(ceil_div(C, width), schedule="static"):
+            scatter_strip(dy, ids, order, token, position, rows, T, C, item * width, smaller(C, (item + 1) * width),
+                          add_wte)
+        if not add_wte:
+            for item in prange(V, schedule="static"):
+                if start[item] == start[item + 1]:
+                    memset(token + item * C, 0, C * sizeof(float))
     return dwte, dwpe

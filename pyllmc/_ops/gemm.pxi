@@ -6,20 +6,23 @@
 #     gelu(...)                                 gelu: c keeps the value before it, out gets the rest
 #     + residual                                residual
 #     * gelu'(dgelu)                            dgelu
+# and beside it, while a is packed:
+#     sums[i] (+)= sum over k of a[i, k]        sums
 #
 # The sums grow in c, slice by slice; the result goes to out, which is c itself unless something has to be kept apart.
 #
 # As in BLIS (Van Zee & van de Geijn, 2015): a tile of MR x NR sums stays in registers (`tile_product`); it reads a
-# panel of MR rows of a and one of NR columns of b, both "by k": element (i, k) at k * width + i. Panels of KC deep
-# slices of a and b are packed once, shared by all threads, and so small that b's panel stays in L1 and a block of
-# a's in L2. KC fixes the order in which products are added: it never follows the machine or the number of threads,
-# and the result has the same bits on every machine that runs the same ISA module.
+# panel of MR rows of a and one of NR columns of b, both "by k": element (i, k) at k * width + i, in slices KC deep.
+# Panels of a are packed once, for all threads, and a block of MC rows of them stays in L2. Unlike there, a panel of b
+# is packed by the thread that multiplies with it, just before it does: it goes to L1 and no further, and while it is
+# worked on, the next one's source is fetched. KC fixes the order in which products are added: it never follows the
+# machine or the number of threads, and the result has the same bits on every machine that runs the same ISA module.
 
 cdef enum:
     KC = 256        # depth of a slice: a panel of b is KC * NR floats, 16 KiB (AVX2) or 32 KiB (AVX-512) of L1
-    MC = 144        # rows of a block of a: MC * KC floats, 144 KiB of L2; a multiple of every MR
-    NC = 4096       # columns of b packed at once: NC * KC floats, 4 MiB of L3
-    MS = 4032       # rows of a packed at once; a multiple of every MR
+    PACKED_A = 1048576  # floats of a packed at once: 4 MiB of L3
+    ITEMS = 12      # of a product for each thread: some may be slower than others
+    SUM_CHAIN = 16  # terms of a running sum of a's rows
     FEW_ROWS = 8    # up to so many rows a product is limited by reading b once: no packing pays
     DOT_STRIP = 16      # columns of one item of such a product
     DOT_COLUMNS = 4     # of them at a time
@@ -43,6 +46,7 @@ cdef struct Product:
     const float* bias       # these may be NULL
     const float* residual
     const float* dgelu
+    float* sums             # (m)
 
 
 cdef Product new_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept:
@@ -55,31 +59,54 @@ cdef Product new_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept:
     return p
 
 
-cdef inline void tile_product(Py_ssize_t depth, const float* a, Py_ssize_t lda, const float* b, Py_ssize_t ldb,
-                              float* c, Py_ssize_t ldc, bint accumulate) noexcept nogil:
-    """c[i * ldc + j] (+)= sum over k of a[k * lda + i] * b[k * ldb + j], i < MR, j < NR: all of c in registers."""
+cdef inline void tile_rows(int rows, Py_ssize_t depth, const float* a, Py_ssize_t lda, const float* b, Py_ssize_t ldb,
+                           float* c, Py_ssize_t ldc, bint accumulate) noexcept nogil:
+    """tile_product for a number of rows that the compiler knows: all of c is in registers."""
     cdef vfloat sums[MR][NRV]
     cdef vfloat row[NRV]
     cdef vfloat scale
     cdef Py_ssize_t i, j, k
-    for i in range(MR):
+    for i in range(rows):
         for j in range(NRV):
             sums[i][j] = vset1(0.0)
     for k in range(depth):
         for j in range(NRV):
             row[j] = vload(b + j * W)
-        for i in range(MR):
+        for i in range(rows):
             scale = vset1(a[i])
             for j in range(NRV):
                 sums[i][j] = vfma(scale, row[j], sums[i][j])
         a += lda
         b += ldb
-    for i in range(MR):
-        for j in range(NRV):
-            # c joins at the end: a chain of sums that starts at c would round every product to c's precision
-            if accumulate:
-                sums[i][j] = vadd(sums[i][j], vload(c + i * ldc + j * W))
-            vstore(c + i * ldc + j * W, sums[i][j])
+    # c joins at the end: a chain of sums that starts at c would round every product to c's precision. Two loops: with
+    # the condition inside one, gcc 12 keeps the sums in memory.
+    if accumulate:
+        for i in range(rows):
+            for j in range(NRV):
+                vstore(c + i * ldc + j * W, vadd(sums[i][j], vload(c + i * ldc + j * W)))
+    else:
+        for i in range(rows):
+            for j in range(NRV):
+                vstore(c + i * ldc + j * W, sums[i][j])
+
+
+cdef inline Py_ssize_t tile_height(Py_ssize_t rows) noexcept nogil:
+    """Rows that tile_product computes of a tile of which `rows` are wanted: all MR, or about two thirds or one."""
+    return MR // 3 if rows <= MR // 3 else 2 * MR // 3 if rows <= 2 * MR // 3 else MR
+
+
+cdef void tile_product(Py_ssize_t rows, Py_ssize_t depth, const float* a, Py_ssize_t lda, const float* b,
+                       Py_ssize_t ldb, float* c, Py_ssize_t ldc, bint accumulate) noexcept nogil:
+    """c[i * ldc + j] (+)= sum over k of a[k * lda + i] * b[k * ldb + j], i < tile_height(rows), j < NR; rows <= MR."""
+    # A loop of one turn: gcc 12 unrolls only loops within loops so early that arrays can become registers.
+    while rows > 0:
+        if rows > 2 * MR // 3:
+            tile_rows(MR, depth, a, lda, b, ldb, c, ldc, accumulate)
+        elif rows > MR // 3:
+            tile_rows(2 * MR // 3, depth, a, lda, b, ldb, c, ldc, accumulate)
+        else:
+            tile_rows(MR // 3, depth, a, lda, b, ldb, c, ldc, accumulate)
+        rows -= MR
 
 
 cdef inline void pack(const float* src, Py_ssize_t ld, bint by_k, Py_ssize_t valid, Py_ssize_t depth,
@@ -87,34 +114,39 @@ cdef inline void pack(const float* src, Py_ssize_t ld, bint by_k, Py_ssize_t val
     """dst[k * width + i] = element (i, k) of src for k < depth and i < width, 0 for i >= valid.
 
     `src` points at element (0, 0) of the panel, `valid` counts the rows from there to the end of the matrix."""
-    cdef Py_ssize_t i, k, rows, first = 0
-    cdef float[W * W] block
+    cdef Py_ssize_t k, j, n, first = 0
     if by_k:
-        if valid >= width:
-            for k in range(depth):
-                memcpy(dst + k * width, src + k * ld, width * sizeof(float))
-        else:
-            for k in range(depth):
-                for i in range(width):
-                    dst[k * width + i] = src[k * ld + i] if i < valid else 0.0
+        for k in range(depth):
+            if valid >= width:
+                copy_row(src + k * ld, dst + k * width, width)
+            else:
+                j = 0
+                while j < width:
+                    n = smaller(W, width - j)
+                    store_some(dst + k * width + j, load_some(src + k * ld + j, n) if j + n <= valid
+                               else vload_n(src + k * ld + j, larger(0, valid - j)), n)
+                    j += W
         return
     while first < width:
-        rows = smaller(W, width - first)
         k = 0
         if valid - first >= W:
             while k + W <= depth:
-                if rows == W:
-                    vtranspose(src + first * ld + k, ld, dst + k * width + first, width)
-                else:
-                    vtranspose(src + first * ld + k, ld, block, W)
-                    for i in range(W):
-                        memcpy(dst + (k + i) * width + first, block + i * W, (width % W) * sizeof(float))
+                vtranspose(src + first * ld + k, ld, dst + k * width + first, width, smaller(W, width - first))
                 k += W
         while k < depth:
-            for i in range(first, first + rows):
-                dst[k * width + i] = src[i * ld + k] if i < valid else 0.0
-            k += 1
+            vtranspose_part(src + first * ld + k, ld, valid - first, smaller(W, depth - k), dst + k * width + first,
+                            width, smaller(W, width - first))
+            k += W
         first += W
+
+
+cdef inline void copy_row(const float* src, float* dst, Py_ssize_t width) noexcept nogil:
+    cdef Py_ssize_t j = 0
+    while j + W <= width:
+        vstore(dst + j, vload(src + j))
+        j += W
+    if j < width:
+        vstore_n(dst + j, vload_n(src + j, width - j), width - j)
 
 
 cdef inline void finish(const Product* p, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count) noexcept nogil:
@@ -137,62 +169,132 @@ cdef inline void finish(const Product* p, Py_ssize_t i, Py_ssize_t j, Py_ssize_t
         s += W
 
 
-cdef struct Slice:
-    # the part of a product that is worked on between two packings
-    Py_ssize_t i0       # first row, column and depth of the slice, and its extents
-    Py_ssize_t j0
+cdef struct Region:
+    # the part of a product that is worked on between two packings of a
+    Py_ssize_t i0       # first row and depth, and their extents
     Py_ssize_t k0
     Py_ssize_t rows
-    Py_ssize_t columns
     Py_ssize_t depth
+    Py_ssize_t panels   # of MR rows
     Py_ssize_t mc       # rows of a block
     Py_ssize_t blocks   # items are blocks x groups of column panels
     Py_ssize_t groups
-    float* a            # packed panels
-    float* b
+    float* a            # packed: slice by slice of KC deep, in each panel by panel
+    float* sums         # of a's rows, slice by slice (slices of the region, m)
 
 
-cdef void pack_item(const Product* p, const Slice* s, Py_ssize_t item, bint is_b) noexcept nogil:
-    cdef Py_ssize_t at
-    if is_b:
-        at = s.j0 + item * NR
-        pack(p.b + (s.k0 * p.ldb + at if p.b_by_k else at * p.ldb + s.k0), p.ldb, p.b_by_k, p.n - at, s.depth, NR,
-             s.b + item * NR * s.depth)
-    else:
-        at = s.i0 + item * MR
-        pack(p.a + (s.k0 * p.lda + at if p.a_by_k else at * p.lda + s.k0), p.lda, p.a_by_k, p.m - at, s.depth, MR,
-             s.a + item * MR * s.depth)
+cdef inline const float* left(const Product* p, Py_ssize_t i, Py_ssize_t k) noexcept nogil:
+    return p.a + (k * p.lda + i if p.a_by_k else i * p.lda + k)
 
 
-cdef void multiply_item(const Product* p, const Slice* s, Py_ssize_t item) noexcept nogil:
-    """One block of rows times one group of column panels of the slice."""
+cdef inline const float* right(const Product* p, Py_ssize_t k, Py_ssize_t j) noexcept nogil:
+    return p.b + (k * p.ldb + j if p.b_by_k else j * p.ldb + k)
+
+
+cdef void pack_item(const Product* p, const Region* r, Py_ssize_t item) noexcept nogil:
+    """One panel of one slice of a."""
+    cdef Py_ssize_t k = item // r.panels * KC, i = item % r.panels * MR, depth = smaller(KC, r.depth - k)
+    cdef float* panel = r.a + k * r.panels * MR + i * depth
+    pack(left(p, r.i0 + i, r.k0 + k), p.lda, p.a_by_k, r.rows - i, depth, MR, panel)
+    if p.sums != NULL:
+        sum_panel(panel, depth, smaller(MR, r.rows - i), r.sums + k // KC * p.m + r.i0 + i)
+
+
+cdef inline void sum_panel(const float* panel, Py_ssize_t depth, Py_ssize_t rows, float* sums) noexcept nogil:
+    """sums[i] = sum over k of a packed panel of `rows` <= MR rows."""
+    cdef vfloat total, x
+    cdef Py_ssize_t i = 0, k, first, n
+    while i < rows:
+        n = smaller(W, rows - i)
+        total = vset1(0.0)
+        first = 0
+        while first < depth:        # in short chains: a long one of numbers of one sign loses precision
+            x = vset1(0.0)
+            for k in range(first, smaller(depth, first + SUM_CHAIN)):
+                x = vadd(x, load_some(panel + k * MR + i, n))
+            total = vadd(total, x)
+            first += SUM_CHAIN
+        store_some(sums + i, total, n)
+        i += W
+
+
+cdef inline void prefetch_row(const float* row, Py_ssize_t width) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i < width:
+        prefetch(row + i)
+        i += LINE
+    prefetch(row + width - 1)       # on one more line, where the row does not begin with one
+
+
+cdef inline void prefetch_panel(const Product* p, Py_ssize_t k, Py_ssize_t depth, Py_ssize_t j, Py_ssize_t part,
+                                Py_ssize_t parts) noexcept nogil:
+    """Asks for one of `parts` parts of a panel of b: its lines shall be near when it is packed."""
+    cdef Py_ssize_t rows = depth if p.b_by_k else smaller(NR, p.n - j), width = NR if p.b_by_k else depth
+    cdef Py_ssize_t i = rows * part // parts, stop = rows * (part + 1) // parts
+    cdef const float* src = right(p, k, j)
+    while i < stop:
+        prefetch_row(src + i * p.ldb, width)
+        i += 1
+
+
+cdef inline void add_row(const float* src, float* dst, Py_ssize_t count, bint add) noexcept nogil:
+    """dst (+)= src"""
+    cdef Py_ssize_t s = 0, n
+    cdef vfloat x
+    while s < count:
+        n = smaller(W, count - s)
+        x = load_some(src + s, n)
+        if add:
+            x = vadd(x, load_some(dst + s, n))
+        store_some(dst + s, x, n)
+        s += W
+
+
+cdef void multiply_item(const Product* p, const Region* r, Py_ssize_t item, float* b) noexcept nogil:
+    """One block of rows times one group of column panels of b, each of which is packed to `b` and used at once."""
     cdef float[MR * NR] edge
-    cdef Py_ssize_t block = item % s.blocks, group = item // s.blocks
-    cdef Py_ssize_t panels = ceil_div(s.columns, NR)
-    cdef Py_ssize_t j = panels * group // s.groups * NR
-    cdef Py_ssize_t j_stop = smaller(s.columns, panels * (group + 1) // s.groups * NR)
-    cdef Py_ssize_t i, i_stop = smaller(s.rows, (block + 1) * s.mc), r, mr, nr, n
-    cdef bint add = p.accumulate or s.k0 > 0, last = s.k0 + s.depth == p.k
-    cdef bint epilogue = last and (p.out != p.c or p.bias != NULL or p.residual != NULL or p.dgelu != NULL)
+    cdef Py_ssize_t block = item % r.blocks, group = item // r.blocks, panels = ceil_div(p.n, NR)
+    cdef Py_ssize_t j_start = panels * group // r.groups * NR
+    cdef Py_ssize_t j_stop = smaller(p.n, panels * (group + 1) // r.groups * NR)
+    cdef Py_ssize_t i_start = block * r.mc, i_stop = smaller(r.rows, i_start + r.mc)
+    cdef Py_ssize_t k = 0, i, j, mr, nr, depth, next_k, next_j, row
+    cdef bint add, epilogue
     cdef float* c
-    while j < j_stop:
-        nr = smaller(NR, s.columns - j)
-        i = block * s.mc
-        while i < i_stop:
-            mr = smaller(MR, s.rows - i)
-            c = p.c + (s.i0 + i) * p.ldc + s.j0 + j
-            if mr == MR and nr == NR:
-                tile_product(s.depth, s.a + i * s.depth, MR, s.b + j * s.depth, NR, c, p.ldc, add)
-            else:
-                tile_product(s.depth, s.a + i * s.depth, MR, s.b + j * s.depth, NR, edge, NR, False)
-                for r in range(mr):
-                    for n in range(nr):
-                        c[r * p.ldc + n] = c[r * p.ldc + n] + edge[r * NR + n] if add else edge[r * NR + n]
-            if epilogue:
-                for r in range(mr):
-                    finish(p, s.i0 + i + r, s.j0 + j, nr)
-            i += MR
-        j += NR
+    cdef const float* a
+    while k < r.depth:
+        depth = smaller(KC, r.depth - k)
+        a = r.a + k * r.panels * MR
+        add = p.accumulate or r.k0 + k > 0
+        epilogue = r.k0 + k + depth == p.k and (p.out != p.c or p.bias != NULL or p.residual != NULL
+                                                or p.dgelu != NULL)
+        j = j_start
+        while j < j_stop:
+            nr = smaller(NR, p.n - j)
+            pack(right(p, r.k0 + k, j), p.ldb, p.b_by_k, nr, depth, NR, b)
+            next_j, next_k = j + NR, k
+            if next_j >= j_stop:
+                next_j, next_k = j_start, k + KC
+            i = i_start
+            while i < i_stop:
+                mr = smaller(MR, i_stop - i)
+                c = p.c + (r.i0 + i) * p.ldc + j
+                for row in range(mr):
+                    prefetch_row(c + row * p.ldc, NR)
+                if next_k < r.depth:
+                    prefetch_panel(p, r.k0 + next_k, smaller(KC, r.depth - next_k), next_j, (i - i_start) // MR,
+                                   ceil_div(i_stop - i_start, MR))
+                if mr == tile_height(mr) and nr == NR:
+                    tile_product(mr, depth, a + i * depth, MR, b, NR, c, p.ldc, add)
+                else:
+                    tile_product(mr, depth, a + i * depth, MR, b, NR, edge, NR, False)
+                    for row in range(mr):
+                        add_row(edge + row * NR, c + row * p.ldc, nr, add)
+                if epilogue:
+                    for row in range(mr):
+                        finish(p, r.i0 + i + row, j, nr)
+                i += MR
+            j += NR
+        k += KC
 
 
 cdef void dot_item(const Product* p, Py_ssize_t item) noexcept nogil:
@@ -238,8 +340,8 @@ cdef void dot_item(const Product* p, Py_ssize_t item) noexcept nogil:
 
 
 cdef int gemm(const Product* p) except -1:
-    cdef Slice s
-    cdef Py_ssize_t item, a_panels, b_panels, items
+    cdef Region r
+    cdef Py_ssize_t item, items
     cdef int t
     cdef double work = <double> p.m * p.n * p.k
     if p.m <= FEW_ROWS and not p.a_by_k and not p.b_by_k:
@@ -248,34 +350,34 @@ cdef int gemm(const Product* p) except -1:
         for item in prange(items, nogil=True, num_threads=t, schedule="static"):
             dot_item(p, item)
         return 0
-    cdef Scratch packed_a = Scratch(round_up(smaller(p.m, MS), MR) * smaller(p.k, KC))
-    cdef Scratch packed_b = Scratch(round_up(smaller(p.n, NC), NR) * smaller(p.k, KC))
-    s.a = packed_a.floats()
-    s.b = packed_b.floats()
-    s.j0 = 0
-    while s.j0 < p.n:
-        s.columns = smaller(NC, p.n - s.j0)
-        b_panels = ceil_div(s.columns, NR)
-        s.k0 = 0
-        while s.k0 < p.k:
-            s.depth = smaller(KC, p.k - s.k0)
-            s.i0 = 0
-            while s.i0 < p.m:
-                s.rows = smaller(MS, p.m - s.i0)
-                a_panels = ceil_div(s.rows, MR)
-                s.blocks = ceil_div(s.rows, MC)
-                s.mc = round_up(ceil_div(s.rows, s.blocks), MR)
-                s.blocks = ceil_div(s.rows, s.mc)
-                t = team(<double> s.rows * s.columns * s.depth, a_panels * b_panels)
-                s.groups = 1 if t == 1 else smaller(b_panels, ceil_div(6 * t, s.blocks))
-                # b's panels are packed once a slice of depth, with the first slice of rows
-                items = a_panels + (b_panels if s.i0 == 0 else 0)
-                for item in prange(items, nogil=True, num_threads=t, schedule="static"):
-                    pack_item(p, &s, item if item < a_panels else item - a_panels, item >= a_panels)
-                items = s.blocks * s.groups
-                for item in prange(items, nogil=True, num_threads=t, schedule="dynamic"):
-                    multiply_item(p, &s, item)
-                s.i0 += s.rows
-            s.k0 += s.depth
-        s.j0 += s.columns
+    cdef Py_ssize_t tall = smaller(p.m, larger(1, PACKED_A // p.k // MC) * MC)
+    cdef Py_ssize_t deep = smaller(p.k, larger(1, PACKED_A // round_up(tall, MR) // KC) * KC)
+    cdef Py_ssize_t panels = ceil_div(p.n, NR)
+    t = team(work, ceil_div(p.m, MR) * panels)
+    cdef Scratch packed_a = Scratch(round_up(tall, MR) * deep), packed_b = Scratch(t * KC * NR)
+    cdef Scratch sums = Scratch(ceil_div(deep, KC) * p.m if p.sums != NULL else 0)
+    cdef float* b = packed_b.floats()
+    r.a = packed_a.floats()
+    r.sums = sums.floats()
+    r.k0 = 0
+    while r.k0 < p.k:
+        r.depth = smaller(deep, p.k - r.k0)
+        r.i0 = 0
+        while r.i0 < p.m:
+            r.rows = smaller(tall, p.m - r.i0)
+            r.panels = ceil_div(r.rows, MR)
+            r.blocks = ceil_div(r.rows, MC)
+            r.mc = round_up(ceil_div(r.rows, r.blocks), MR)
+            r.blocks = ceil_div(r.rows, r.mc)
+            r.groups = smaller(panels, ceil_div(ITEMS * t, r.blocks))
+            with nogil, parallel(num_threads=t):
+                for item in prange(r.panels * ceil_div(r.depth, KC), schedule="static"):
+                    pack_item(p, &r, item)
+                wait_for_team()     # a prange in a parallel region does not
+                for item in prange(r.blocks * r.groups, schedule="dynamic"):
+                    multiply_item(p, &r, item, b + threadid() * KC * NR)
+            r.i0 += r.rows
+        if p.sums != NULL:
+            add_partials(r.sums, ceil_div(r.depth, KC), p.m, p.sums, p.accumulate or r.k0 > 0)
+        r.k0 += r.depth
     return 0

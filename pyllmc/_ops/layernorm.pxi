@@ -2,35 +2,57 @@
 # the model adds it in matmul's epilogue, a backend whose products have none adds it here.
 
 cdef enum:
+    CHAINED = 4             # running sums of a row
     NORM_CHUNKS = 32        # row chunks of dweight and dbias; fixed, so that the sums do not depend on the threads
+
+
+cdef inline vfloat chains_total(const vfloat* total) noexcept nogil:
+    cdef vfloat x = total[0]
+    cdef Py_ssize_t q
+    for q in range(1, CHAINED):
+        x = vadd(x, total[q])
+    return x
 
 
 cdef void normalise_row(const float* inp, const float* residual, float* sum_out, const float* weight,
                         const float* bias, float* out, float* mean, float* rstd, Py_ssize_t C,
                         float eps) noexcept nogil:
-    cdef Py_ssize_t j = 0, n
-    cdef vfloat total = vset1(0.0), x, average, scale
+    cdef Py_ssize_t j = 0, n, q
+    cdef vfloat total[CHAINED]      # one chain of additions would wait for each of them
+    cdef vfloat x, average, scale
     cdef const float* row = inp
-    while j < C:
-        n = smaller(W, C - j)
-        x = load_some(inp + j, n)
-        if residual != NULL:
-            x = vadd(x, load_some(residual + j, n))
-            store_some(sum_out + j, x, n)
-        total = vadd(total, x)
-        j += W
     if residual != NULL:
+        while j < C:
+            n = smaller(W, C - j)
+            store_some(sum_out + j, vadd(load_some(inp + j, n), load_some(residual + j, n)), n)
+            j += W
         row = sum_out
-    mean[0] = vreduce_add(total) / <float> C
+        j = 0
+    for q in range(CHAINED):
+        total[q] = vset1(0.0)
+    while j + CHAINED * W <= C:
+        for q in range(CHAINED):
+            total[q] = vadd(total[q], vload(row + j + q * W))
+        j += CHAINED * W
+    while j < C:
+        total[0] = vadd(total[0], load_some(row + j, smaller(W, C - j)))
+        j += W
+    mean[0] = vreduce_add(chains_total(total)) / <float> C
     average = vset1(mean[0])
-    total = vset1(0.0)
+    for q in range(CHAINED):
+        total[q] = vset1(0.0)
     j = 0
+    while j + CHAINED * W <= C:
+        for q in range(CHAINED):
+            x = vsub(vload(row + j + q * W), average)
+            total[q] = vfma(x, x, total[q])
+        j += CHAINED * W
     while j < C:
         n = smaller(W, C - j)
         x = vkeep_n(vsub(load_some(row + j, n), average), n)
-        total = vfma(x, x, total)
+        total[0] = vfma(x, x, total[0])
         j += W
-    x = vset1(vreduce_add(total) / <float> C + eps)
+    x = vset1(vreduce_add(chains_total(total)) / <float> C + eps)
     scale = vdiv(vset1(1.0), vsqrt(x))
     vstore_n(rstd, scale, 1)
     j = 0

@@ -1,39 +1,4 @@
-# The linear layer. The product itself is gemm.pxi's; here are the shapes, what is fused into it, and dbias.
-
-cdef enum:
-    COLUMN_CHUNKS = 16      # row chunks of a column sum; fixed, so that the sum does not depend on the threads
-    COLUMN_STRIP = 256      # columns of one item of a column sum
-
-
-cdef void column_sum_item(const float* x, Py_ssize_t rows, Py_ssize_t columns, Py_ssize_t item,
-                          float* partial) noexcept nogil:
-    """partial[chunk, j] = sum of x[i, j] over the rows of one chunk, for one strip of columns."""
-    cdef Py_ssize_t chunk = item % COLUMN_CHUNKS, first = item // COLUMN_CHUNKS * COLUMN_STRIP
-    cdef Py_ssize_t stop = smaller(columns, first + COLUMN_STRIP)
-    cdef Py_ssize_t i, i_stop = rows * (chunk + 1) // COLUMN_CHUNKS, j, n
-    cdef float* sums = partial + chunk * columns
-    memset(sums + first, 0, (stop - first) * sizeof(float))
-    i = rows * chunk // COLUMN_CHUNKS
-    while i < i_stop:
-        j = first
-        while j < stop:
-            n = smaller(W, stop - j)
-            store_some(sums + j, vadd(load_some(sums + j, n), load_some(x + i * columns + j, n)), n)
-            j += W
-        i += 1
-
-
-cdef int column_sum(const float* x, Py_ssize_t rows, Py_ssize_t columns, float* out, bint accumulate) except -1:
-    """out[j] (+)= sum of x[i, j] over i."""
-    cdef Scratch partial = Scratch(COLUMN_CHUNKS * columns)
-    cdef float* sums = partial.floats()
-    cdef Py_ssize_t items = COLUMN_CHUNKS * ceil_div(columns, COLUMN_STRIP), item
-    cdef int t = team(<double> rows * columns, items)
-    for item in prange(items, nogil=True, num_threads=t, schedule="static"):
-        column_sum_item(x, rows, columns, item, sums)
-    add_partials(sums, COLUMN_CHUNKS, columns, out, accumulate)
-    return 0
-
+# The linear layer. The product itself is gemm.pxi's; here are the shapes and what is fused into it.
 
 def matmul_forward(inp, weight, bias=None, *, residual=None, gelu=False, pre_gelu=None, out=None):
     """out = inp weight^T + bias + residual
@@ -85,7 +50,7 @@ def matmul_backward(dout, inp, weight, *, bias=True, pre_gelu=None, dinp=None, d
     dinp: float32 (..., C), overwritten. dweight (OC, C), dbias (OC): overwritten, or added to with accumulate=True.
     Returns dinp, dweight, dbias. Raises ValueError for a wrong shape, dtype, order or overlap, and for dbias with
     bias=False.
-    Split as matmul_forward; dbias over 16 chunks of rows, added in order.
+    Split as matmul_forward; dbias is summed over slices of 256 rows, which are added in order.
     Source: llm.c train_gpt2.c matmul_backward.
     """
     cdef Operands arrays = Operands("matmul_backward")
@@ -107,9 +72,7 @@ def matmul_backward(dout, inp, weight, *, bias=True, pre_gelu=None, dinp=None, d
         db = arrays.out("dbias", dbias, (oc,))
     arrays.done()
     matmul_dinp(dy, w, dx, m, oc, channels, before)
-    matmul_dweight(dy, x, dw, m, oc, channels, add)
-    if db != NULL:
-        column_sum(dy, m, oc, db, add)
+    matmul_dweight(dy, x, dw, db, m, oc, channels, add)
     return dinp, dweight, dbias
 
 
@@ -124,12 +87,13 @@ cdef int matmul_dinp(const float* dout, const float* weight, float* dinp, Py_ssi
     return gemm(&p)
 
 
-cdef int matmul_dweight(const float* dout, const float* inp, float* dweight, Py_ssize_t m, Py_ssize_t oc,
-                        Py_ssize_t channels, bint accumulate) except -1:
-    """dweight (OC, C) (+)= dout^T (OC, m) inp (m, C)."""
+cdef int matmul_dweight(const float* dout, const float* inp, float* dweight, float* dbias, Py_ssize_t m,
+                        Py_ssize_t oc, Py_ssize_t channels, bint accumulate) except -1:
+    """dweight (OC, C) (+)= dout^T (OC, m) inp (m, C); dbias (OC) (+)= column sums of dout, or NULL."""
     cdef Product p = new_product(oc, channels, m)
     p.a, p.lda, p.a_by_k = dout, oc, True
     p.b, p.ldb, p.b_by_k = inp, channels, True
     p.c = p.out = dweight
+    p.sums = dbias
     p.accumulate = accumulate
     return gemm(&p)

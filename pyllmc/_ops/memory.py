@@ -1,16 +1,31 @@
 """Host arrays: what the CPU backend's arrays are made with. Called by the model and by programs through a backend."""
 
+import math
+
 import numpy as np
+
+# Bytes: a row of the register tile that lies across cache lines costs twice as many of them, a tenth of a product.
+ALIGNMENT = 64
 
 
 def empty(shape, dtype=None):
-    """A C-order array with undefined contents; dtype None is the backend's float, here float32."""
-    return np.empty(shape, np.float32 if dtype is None else dtype)
+    """A C-order array with undefined contents, 64-byte aligned; dtype None is the backend's float, here float32."""
+    return _aligned(np.empty, shape, dtype)
 
 
 def zeros(shape, dtype=None):
-    """A C-order array of zeros; dtype None is the backend's float, here float32."""
-    return np.zeros(shape, np.float32 if dtype is None else dtype)
+    """A C-order array of zeros, 64-byte aligned; dtype None is the backend's float, here float32."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(make, shape, dtype):
+    """make's array, moved up to the next multiple of ALIGNMENT within one that is a little longer."""
+    dtype = np.dtype(np.float32 if dtype is None else dtype)
+    shape = np.empty(shape, dtype=[]).shape  # of a number too; ValueError for a negative size
+    size = math.prod(shape) * dtype.itemsize
+    raw = make(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):

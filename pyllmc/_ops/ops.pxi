@@ -15,8 +15,6 @@ include "classifier.pxi"
 include "adamw.pxi"
 include "probes.pxi"
 
-from pyllmc._ops.memory import empty, from_host, synchronize, to_host, zeros
-
 NAME = PYLLMC_ISA_NAME.decode()
 VECTOR_WIDTH = <int> W
 OPENMP = bool(PYLLMC_OPENMP)

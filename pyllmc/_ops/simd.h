@@ -18,19 +18,19 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define PYLLMC_ISA_NAME "avx512"
-enum { W = 16, MR = 12, NRV = 2 }; /* 24 accumulators + 2 of b + 1 of a, of 32 registers */
+enum { W = 16, MR = 12, NRV = 2, MC = 528 }; /* 24 accumulators + 2 of b + 1 of a, of 32 registers */
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define PYLLMC_ISA_NAME "avx2"
-enum { W = 8, MR = 6, NRV = 2 }; /* 12 accumulators + 2 of b + 1 of a, of 16 registers */
+enum { W = 8, MR = 6, NRV = 2, MC = 288 }; /* 12 accumulators + 2 of b + 1 of a, of 16 registers */
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #define PYLLMC_ISA_NAME "sse2"
-enum { W = 4, MR = 4, NRV = 2 }; /* 8 accumulators + 2 of b + the product, of 16 registers */
+enum { W = 4, MR = 4, NRV = 2, MC = 288 }; /* 8 accumulators + 2 of b + the product, of 16 registers */
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #define PYLLMC_ISA_NAME "neon"
-enum { W = 4, MR = 8, NRV = 2 }; /* 16 accumulators + 2 of b + 1 of a, of 32 registers */
+enum { W = 4, MR = 8, NRV = 2, MC = 288 }; /* 16 accumulators + 2 of b + 1 of a, of 32 registers */
 #else
 #error "pyllmc needs SSE2, AVX2, AVX-512 or NEON"
 #endif
@@ -40,6 +40,8 @@ enum { NR = NRV * W };
 typedef float vfloat __attribute__((vector_size(sizeof(float) * W)));
 typedef int32_t vint __attribute__((vector_size(sizeof(int32_t) * W)));
 typedef vfloat vfloat_unaligned __attribute__((aligned(4), may_alias));
+typedef double vdouble __attribute__((vector_size(sizeof(float) * W)));
+typedef float vhalf_unaligned __attribute__((vector_size(sizeof(float) * W / 2), aligned(4), may_alias));
 
 #define VINLINE static inline __attribute__((always_inline, unused))
 
@@ -49,6 +51,11 @@ typedef vfloat vfloat_unaligned __attribute__((aligned(4), may_alias));
 
 VINLINE vfloat vset1(float x) { return (vfloat)_mm512_set1_ps(x); }
 VINLINE vfloat vfma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+VINLINE vdouble vfma_wide(vdouble a, vdouble b, vdouble c)
+{
+    return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+VINLINE vfloat vscale2(vfloat x, vfloat n) { return (vfloat)_mm512_scalef_ps((__m512)x, (__m512)n); }
 VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
 VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)_mm512_sqrt_ps((__m512)a); }
@@ -60,6 +67,10 @@ VINLINE void vstore_n(float *p, vfloat v, Py_ssize_t n) { _mm512_mask_storeu_ps(
 
 VINLINE vfloat vset1(float x) { return (vfloat)_mm256_set1_ps(x); }
 VINLINE vfloat vfma(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+VINLINE vdouble vfma_wide(vdouble a, vdouble b, vdouble c)
+{
+    return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm256_max_ps((__m256)a, (__m256)b); }
 VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm256_min_ps((__m256)a, (__m256)b); }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)_mm256_sqrt_ps((__m256)a); }
@@ -95,6 +106,7 @@ VINLINE vfloat vmin(vfloat a, vfloat b)
 }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)vsqrtq_f32((float32x4_t)a); }
 #endif
+VINLINE vdouble vfma_wide(vdouble a, vdouble b, vdouble c) { return a * b + c; }
 VINLINE vfloat vload_n(const float *p, Py_ssize_t n)
 {
     float lane[W] = {0};
@@ -109,6 +121,9 @@ VINLINE void vstore_n(float *p, vfloat v, Py_ssize_t n) { memcpy(p, &v, (size_t)
 
 VINLINE vfloat vload(const float *p) { return *(const vfloat_unaligned *)p; }
 VINLINE void vstore(float *p, vfloat v) { *(vfloat_unaligned *)p = v; }
+/* asks for the cache line of p, to be in L1 or in L2 soon: of no effect on results, nor where p is no valid address */
+VINLINE void prefetch(const float *p) { __builtin_prefetch(p, 0, 3); }
+VINLINE void prefetch_l2(const float *p) { __builtin_prefetch(p, 0, 2); }
 VINLINE vfloat vadd(vfloat a, vfloat b) { return a + b; }
 VINLINE vfloat vsub(vfloat a, vfloat b) { return a - b; }
 VINLINE vfloat vmul(vfloat a, vfloat b) { return a * b; }
@@ -133,38 +148,68 @@ VINLINE vfloat vfrom_lane(vfloat v, Py_ssize_t first, vfloat other)
 /* the first n lanes of v, 0 in the others */
 VINLINE vfloat vkeep_n(vfloat v, Py_ssize_t n) { return vselect(viota() < vset1((float)n), v, vset1(0.0f)); }
 
-/* Sum and maximum over the lanes, as a tree: the order is part of the promise of equal bits. */
+/* VSHUFFLE(a, b, i, j, ...): elements i, j, ... of a followed by b. GCC before 12 has no __builtin_shufflevector. */
+#if defined(__clang__)
+#define VSHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VSHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
+#endif
+#define TWICE(...) __VA_ARGS__, __VA_ARGS__
+
+/* Sum and maximum over the lanes, as a tree that folds the upper half onto the lower one until one lane is left: the
+ * order is part of the promise of equal bits. */
+#if defined(__AVX512F__)
+#define FOLD(op, v) \
+    v = op(v, VSHUFFLE(v, v, TWICE(8, 9, 10, 11, 12, 13, 14, 15))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(TWICE(4, 5, 6, 7)))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(TWICE(TWICE(2, 3))))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(TWICE(TWICE(1, 1)))))
+#elif defined(__AVX2__)
+#define FOLD(op, v) \
+    v = op(v, VSHUFFLE(v, v, TWICE(4, 5, 6, 7))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(TWICE(2, 3)))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(TWICE(1, 1))))
+#else
+#define FOLD(op, v) \
+    v = op(v, VSHUFFLE(v, v, TWICE(2, 3))); \
+    v = op(v, VSHUFFLE(v, v, TWICE(1, 1)))
+#endif
 VINLINE float vreduce_add(vfloat v)
 {
-    float lane[W];
-    vstore(lane, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+    FOLD(vadd, v);
+    return v[0];
 }
 VINLINE float vreduce_max(vfloat v)
 {
-    float lane[W];
-    vstore(lane, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
-}
-/* Sum of squares in double: lanes are widened before they are squared, so nothing overflows or is rounded to float. */
-VINLINE double vsum_squares(vfloat v)
-{
-    double sum[W];
-    for (int i = 0; i < W; i++) sum[i] = (double)v[i] * (double)v[i];
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
+    FOLD(vmax, v);
+    return v[0];
 }
 
+/* Sums that must not be rounded to float: W / 2 floats from memory, widened */
+VINLINE vdouble vwiden(const float *p) { return __builtin_convertvector(*(const vhalf_unaligned *)p, vdouble); }
+VINLINE vdouble vzero_wide(void) { return (vdouble){0.0}; }
+VINLINE vdouble vadd_wide(vdouble a, vdouble b) { return a + b; }
+VINLINE double vreduce_wide(vdouble v)
+{
+    double sum = 0.0;
+    for (int i = 0; i < W / 2; i++) sum += v[i];
+    return sum;
+}
+
+#if !defined(__AVX512F__)
 /* 2^n for n in -126..127, from the exponent bits */
 VINLINE vfloat vpow2(vint n) { return (vfloat)((n + 127) << 23); }
+/* x 2^n for a whole n in -151..128: in two steps, of which only the second rounds, where the result is denormal */
+VINLINE vfloat vscale2(vfloat x, vfloat n)
+{
+    vint e = __builtin_convertvector(n, vint);
+    vint half = e >> 1;
+    return x * vpow2(half) * vpow2(e - half);
+}
+#endif
 
 /* e^x, at most 1.1 ulp off over all floats (tests/test_simd.py): x = n ln 2 + r, e^r by a polynomial of degree 6
- * fitted to the interval (relative error 3e-9), 2^n applied in two steps so that denormal results round once. */
+ * fitted to the interval (relative error 3e-9). */
 VINLINE vfloat vexp(vfloat x)
 {
     const vfloat shift = vset1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
@@ -178,9 +223,7 @@ VINLINE vfloat vexp(vfloat x)
     p = vfma(p, r, vset1(0.166665181517601f));
     p = vfma(p, r, vset1(0.5f));
     p = vfma(p, r * r, r) + vset1(1.0f);
-    vint e = __builtin_convertvector(n, vint);
-    vint half = e >> 1;
-    return p * vpow2(half) * vpow2(e - half);
+    return vscale2(p, n);
 }
 
 /* ln x, at most 2 ulp off: x = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = f - f^2/2 + f^3 P(f), f = m - 1,
@@ -213,13 +256,6 @@ VINLINE vfloat vlog(vfloat x)
     return vselect(x < vset1(INFINITY), value, x); /* inf and NaN */
 }
 
-/* VSHUFFLE(a, b, i, j, ...): elements i, j, ... of a followed by b. GCC before 12 has no __builtin_shufflevector. */
-#if defined(__clang__)
-#define VSHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define VSHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
-#endif
-
 /* a0 b0 a1 b1 ... from the lower and from the upper halves of a and b */
 #if defined(__AVX512F__)
 #define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
@@ -232,12 +268,11 @@ VINLINE vfloat vlog(vfloat x)
 #define UPPER 2, 6, 3, 7
 #endif
 
-/* dst[j * ldd + i] = src[i * lds + j] for a W x W block. log2(W) rounds of interleaving row i with row i + W/2
- * transpose a matrix: each round moves one bit of the row number into the column number. */
-VINLINE void vtranspose(const float *src, Py_ssize_t lds, float *dst, Py_ssize_t ldd)
+/* Rows become columns: log2(W) rounds of interleaving row i with row i + W/2, each of which moves one bit of the row
+ * number into the column number. */
+VINLINE void vtranspose_rows(vfloat *row)
 {
-    vfloat row[W], next[W];
-    for (int i = 0; i < W; i++) row[i] = vload(src + i * lds);
+    vfloat next[W];
     for (int round = 1; round < W; round *= 2) {
         for (int i = 0; i < W / 2; i++) {
             next[2 * i] = VSHUFFLE(row[i], row[i + W / 2], LOWER);
@@ -245,7 +280,30 @@ VINLINE void vtranspose(const float *src, Py_ssize_t lds, float *dst, Py_ssize_t
         }
         for (int i = 0; i < W; i++) row[i] = next[i];
     }
-    for (int i = 0; i < W; i++) vstore(dst + i * ldd, row[i]);
+}
+/* dst[j * ldd + i] = src[i * lds + j] for j < W and i < width <= W; W rows of src are read */
+VINLINE void vtranspose(const float *src, Py_ssize_t lds, float *dst, Py_ssize_t ldd, Py_ssize_t width)
+{
+    vfloat row[W];
+    for (int i = 0; i < W; i++) row[i] = vload(src + i * lds);
+    vtranspose_rows(row);
+    for (int i = 0; i < W; i++) {
+        if (width < W) vstore_n(dst + i * ldd, row[i], width);
+        else vstore(dst + i * ldd, row[i]);
+    }
+}
+/* the same for j < columns <= W where only `rows` of src exist: the others count as 0 */
+VINLINE void vtranspose_part(const float *src, Py_ssize_t lds, Py_ssize_t rows, Py_ssize_t columns, float *dst,
+                             Py_ssize_t ldd, Py_ssize_t width)
+{
+    vfloat row[W];
+    for (int i = 0; i < W; i++)
+        row[i] = i >= rows ? vset1(0.0f) : columns < W ? vload_n(src + i * lds, columns) : vload(src + i * lds);
+    vtranspose_rows(row);
+    for (int i = 0; i < W && i < columns; i++) {
+        if (width < W) vstore_n(dst + i * ldd, row[i], width);
+        else vstore(dst + i * ldd, row[i]);
+    }
 }
 
 #endif

@@ -7,11 +7,15 @@ cdef extern from "simd.h" nogil:
         W       # floats in a vfloat
         MR      # rows of the register tile
         NRV     # vectors in a row of the register tile
+        MC      # rows of a block of packed panels, as many as L2 holds; a multiple of MR
         NR      # columns of the register tile, NRV * W
     ctypedef float vfloat
+    ctypedef double vdouble     # of W / 2 doubles
     vfloat vset1(float x) noexcept
     vfloat vload(const float* p) noexcept
     void vstore(float* p, vfloat v) noexcept
+    void prefetch(const float* p) noexcept
+    void prefetch_l2(const float* p) noexcept
     vfloat vload_n(const float* p, Py_ssize_t n) noexcept               # the first n < W lanes, 0 in the others
     void vstore_n(float* p, vfloat v, Py_ssize_t n) noexcept            # the first n < W lanes only
     vfloat vadd(vfloat a, vfloat b) noexcept
@@ -28,11 +32,18 @@ cdef extern from "simd.h" nogil:
     vfloat vkeep_n(vfloat v, Py_ssize_t n) noexcept
     float vreduce_add(vfloat v) noexcept
     float vreduce_max(vfloat v) noexcept
-    double vsum_squares(vfloat v) noexcept
-    void vtranspose(const float* src, Py_ssize_t lds, float* dst, Py_ssize_t ldd) noexcept
+    vdouble vwiden(const float* p) noexcept                             # of W / 2 floats
+    vdouble vzero_wide() noexcept
+    vdouble vfma_wide(vdouble a, vdouble b, vdouble c) noexcept
+    vdouble vadd_wide(vdouble a, vdouble b) noexcept
+    double vreduce_wide(vdouble v) noexcept
+    void vtranspose(const float* src, Py_ssize_t lds, float* dst, Py_ssize_t ldd, Py_ssize_t width) noexcept
+    void vtranspose_part(const float* src, Py_ssize_t lds, Py_ssize_t rows, Py_ssize_t columns, float* dst,
+                         Py_ssize_t ldd, Py_ssize_t width) noexcept
 
 cdef extern from "threads.h" nogil:
     enum:
         PYLLMC_OPENMP
     int omp_threads() noexcept
     void set_omp_threads(int n) noexcept
+    void wait_for_team() noexcept       # within a parallel region: until all of its threads are here
