@@ -126,6 +126,7 @@ def test_a_signal_unwinds_the_program(number, tmp_path):
         "def main(argv):\n"
         "    with files.atomic_write('t.bin') as file:\n"
         f"        file.write(b'x'); os.kill(os.getpid(), {int(number)}); signal.pause()\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"  # under nohup this process ignores it, and so would that one
         "sys.exit(cli.run_main(main))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
