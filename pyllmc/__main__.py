@@ -17,6 +17,7 @@ PROGRAMS = [
     ("python -m pyllmc.generate", "continue text with what was trained last"),
     ("python -m pyllmc.plot FOLDER", "draw the losses of a run, or of several in one picture"),
     ("python -m pyllmc.datasets NAME", "turn text into token files"),
+    ("python -m pyllmc.convert SOURCE TARGET", "from llm.c's model files to Hugging Face's folders, and back"),
     ("python -m pyllmc.llmc", "train as llm.c's train_gpt2cu does, with its flags"),
     ("python -m pyllmc.verify MODEL DEBUG", "hold this machine against a debug state: is this build right?"),
     ("python -m pyllmc info", "show what this machine and this build can do"),

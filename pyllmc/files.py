@@ -7,8 +7,10 @@ together go through `atomic_writes`. Called by all modules that read or write a 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import stat
@@ -19,6 +21,9 @@ from typing import BinaryIO
 
 # llm.c's files start with 256 int32, little-endian, the slots; the formats: data/README.md.
 SLOTS = struct.Struct("<256i")
+
+# Far more than any JSON here: a vocabulary has a megabyte, the header of a model of ten thousand layers twenty.
+MAX_JSON_BYTES = 32 * 2**20
 
 # The first number of every binary file of this family, its magic, and what such a file is: to say what was given for
 # another.
@@ -153,6 +158,38 @@ def read_into(file: BinaryIO, buffer, what: str) -> None:
                 f"{file.name}: ends inside {what}: {len(memory)} bytes needed, {done} found; the file is truncated"
             )
         done += count
+
+
+def parse_json(data: bytes, what: str) -> dict:
+    """The JSON object that these bytes are; ValueError, which begins with `what`, if they are none, or leave open what
+    they say: a name that comes twice, NaN, Infinity."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            (name, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name!r:.80} comes twice")
+        return found
+
+    def constant(name: str):
+        raise ValueError(f"{name} is no number")
+
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what}: expected a JSON object, got {content!r:.80}")
+    return content
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in a file; ValueError if there is none, as parse_json says, or the file is absurdly large."""
+    with open_regular(path) as file:
+        size = file_size(file)
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"{path}: has {size} bytes, such a file at most {MAX_JSON_BYTES}")
+        return parse_json(read_exact(file, size, "its JSON"), str(path))
 
 
 def sha256_of(path: str | os.PathLike) -> str:

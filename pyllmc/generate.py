@@ -8,7 +8,8 @@ the text goes on from there.
 Several samples are decoded together, up to GROUP at a time: the weights, which are most of what a token reads, are then
 read once for all. Each sample has coins of its own, and the same text in any company.
 
-Called by train.py; calls model.py, tokenizer.py, rng.py, hardware.py; the program also checkpoint.py and modelfile.py.
+Called by train.py, and by convert.py for `find_model`; calls model.py, tokenizer.py, rng.py, hardware.py; the program
+also checkpoint.py and huggingface.py.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli, hardware, modelfile
+from . import checkpoint, cli, hardware, huggingface
 from .config import GPT2Config
-from .model import GPT2, DecodeCache
+from .model import GPT2, DecodeCache, model_folder, model_format
 from .rng import Xorshift64Star
 from .tensors import FLOAT_BYTES
 from .tokenizer import TokenIds, Tokenizer, find_tokenizer
@@ -292,11 +293,16 @@ def _text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterator[int]) -> It
 
 
 def find_model(named: Path | None) -> Path:
-    """The model file that was named, or the newest whole one in the folder that was named, or in all of out/."""
-    if named is not None and not named.is_dir():
-        if not named.exists():
-            raise ValueError(f"{named}: there is no such model file; name one, or the folder of a run")
-        return named
+    """The model file, or the folder of a Hugging Face GPT-2, that was named, fetched if it is one of HUB_NAMES; or the
+    newest whole model file in the folder that was named, or in all of out/."""
+    if named is not None and (not named.is_dir() or huggingface.is_folder(named)):
+        if named.suffix == ".safetensors":
+            raise ValueError(f"{named}: name its folder instead, which has {huggingface.CONFIG_FILE} too")
+        if named.exists():
+            return named
+        if str(named) in huggingface.HUB_NAMES:
+            return huggingface.find_folder(named)
+        raise ValueError(f"{named}: there is no such model file; name one, or the folder of a run or of Hugging Face")
     root = named or OUT
     done = list(root.glob("DONE_*") if named else root.rglob("DONE_*"))
     newest = {path.parent: path.stat().st_mtime_ns for path in sorted(done, key=lambda path: path.stat().st_mtime_ns)}
@@ -314,7 +320,7 @@ def parse_arguments(argv: Sequence[str] | None):
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH",
-        help="model file, or folder of a run (default: the newest under out/)",
+        help="model file, folder of a run or of a Hugging Face GPT-2, or gpt2 (default: the newest under out/)",
     )  # fmt: skip
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue")
     parser.add_argument("--max-new-tokens", type=cli.positive_int, default=500, metavar="N", help="how much to write")
@@ -340,16 +346,16 @@ def parse_arguments(argv: Sequence[str] | None):
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     path = find_model(args.checkpoint)
-    config = modelfile.read_header(path).config  # so that a wrong file is told before what is beside it
+    config = model_format(path).read_header(path).config  # so that a wrong file is told before what is beside it
     try:
-        tokenizer = find_tokenizer([path.parent], config.vocab_size)
+        tokenizer = find_tokenizer([model_folder(path)], config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{error} (the model is {path})") from None
     hardware.set_threads(args.threads)
     model = GPT2.from_checkpoint(path)
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
     if isinstance(tokenizer, TokenIds):
-        print("no tokenizer.bin beside it, and not GPT-2's size: these are the token ids", file=sys.stderr)
+        print("no tokenizer.bin beside it, and not GPT-2's tokens: these are the token ids", file=sys.stderr)
     texts = stream_texts(
         model, tokenizer, args.prompt, args.max_new_tokens, num_samples=args.num_samples, seed=args.seed,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,

@@ -2,7 +2,7 @@
 
 The model holds flat buffers cut into named views (tensors.py) and calls the ops of one backend; it never asks which one
 it has, so the float64 reference of the tests runs it too. Called by prepare.py, generate.py, verify.py, the training
-loop and notebooks; calls tensors.py, config.py, rng.py for new weights and modelfile.py for saved ones.
+loop and notebooks; calls tensors.py, config.py, rng.py for new weights, modelfile.py and huggingface.py for saved ones.
 
 `GPT2._forward` and `GPT2._backward` are the whole network, the second the first read from the bottom up.
 """
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from . import modelfile
+from . import huggingface, modelfile
 from .backends import backend
 from .config import GPT2Config
 from .hardware import require_memory
@@ -60,13 +62,23 @@ class GPT2:
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, *, ops=None) -> GPT2:
-        """The model in a llm.c model file, version 1, 3 or 5."""
-        config, params = modelfile.read_model(path)
+        """The model in a llm.c model file, version 1, 3 or 5, or in the folder of a Hugging Face GPT-2."""
+        config, params = model_format(path).read_model(path)
         return cls(config, ops=ops, params=params)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike, *, ops=None) -> GPT2:
+        """The Hugging Face GPT-2 in a folder or, if none has this name, that of the hub: "gpt2", "gpt2-medium", ..."""
+        return cls.from_checkpoint(huggingface.find_folder(name_or_folder), ops=ops)
 
     def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
         """Writes the parameters as a llm.c model file: "float32" is version 3, "bfloat16" version 5."""
         modelfile.write_model(path, self.config, self.ops.to_host(self.flat_params), dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32") -> None:
+        """Writes a new folder that transformers loads, in "float32", "bfloat16" or "float16"; with GPT-2's tokenizer if
+        the vocabulary has its size."""
+        huggingface.write_model(folder, self.config, self.ops.to_host(self.flat_params), dtype)
 
     # ---- the three verbs ---------------------------------------------------------------------------------------------
 
@@ -321,6 +333,17 @@ class DecodeCache:
         if self._activations is None or self._activations.shape != (B, n):
             self._activations = Activations(self.config, B, n, self.ops, training=False)
         return self._activations
+
+
+def model_format(path: str | os.PathLike) -> ModuleType:
+    """The module that reads the model at `path`: huggingface.py for a folder, modelfile.py for a file. Both have
+    `read_header`, which gives `config` and `dtype`, and `read_model`."""
+    return huggingface if os.path.isdir(path) else modelfile
+
+
+def model_folder(path: str | os.PathLike) -> Path:
+    """The folder in which lies what belongs to the model at `path`, its tokenizer for one."""
+    return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
 def initial_parameters(config: GPT2Config, seed: int = 42) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Model files and debug states in llm.c's formats.
 
 The formats: data/README.md. Every number of a header is checked against the size of its file before anything is
-allocated. Called by model.py, prepare.py, checkpoint.py, generate.py and verify.py; calls config.py, tensors.py,
+allocated. Called by model.py, checkpoint.py, convert.py and verify.py; calls config.py, tensors.py, floats.py,
 files.py, hardware.py and, for arrays that suit the ops, backends.py.
 """
 
@@ -16,13 +16,13 @@ import numpy as np
 from .backends import backend
 from .config import GPT2Config
 from .files import SLOTS, atomic_write, check_size, file_size, open_regular, read_into, read_slots
+from .floats import DTYPES, read_floats, write_floats
 from .hardware import require_memory
 from .tensors import FLOAT_BYTES, check_flat, num_elements, tensor_shapes
 
 MODEL_MAGIC, DEBUG_MAGIC = 20240326, 20240327
 
-# version -> bytes per number
-MODEL_VERSIONS = {1: 4, 3: 4, 5: 2}
+MODEL_VERSIONS = {1: "float32", 3: "float32", 5: "bfloat16"}
 DTYPE_VERSIONS = {"float32": 3, "bfloat16": 5}
 
 # The steps of AdamW whose losses and norms a debug state holds: the values of llm.c's test on a GPU.
@@ -30,61 +30,27 @@ DEBUG_ADAMW = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, 
 DEBUG_MAX_NORM = 1.0
 DEBUG_MAX_STEPS = 10_000
 
-# Numbers are converted in pieces of this many.
-CHUNK = 1 << 20
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _read_floats(file: BinaryIO, out: np.ndarray, itemsize: int) -> None:
-    """Fills a contiguous float32 array from float32 (itemsize 4) or bfloat16 (2) numbers."""
-    out = out.reshape(-1)
-    if itemsize == 4:
-        read_into(file, out, "its numbers")
-        return
-    piece = np.empty(min(CHUNK, out.size), dtype=np.uint16)
-    for start in range(0, out.size, CHUNK):
-        bits = out[start : start + CHUNK].view(np.uint32)
-        read_into(file, piece[: bits.size], "its numbers")
-        np.left_shift(piece[: bits.size], 16, out=bits, dtype=np.uint32)
-
-
-def _write_floats(file: BinaryIO, array: np.ndarray, itemsize: int) -> None:
-    array = array.reshape(-1)
-    if itemsize == 4:
-        file.write(memoryview(array).cast("B"))
-        return
-    pieces = (array[start : start + CHUNK] for start in range(0, array.size, CHUNK))
-    file.writelines(memoryview(to_bfloat16(piece)).cast("B") for piece in pieces)
-
-
-def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bfloat16 as uint16, rounded to nearest, ties to even; a NaN stays a NaN."""
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    rounded[is_nan] = bits[is_nan] >> 16 | 0x40
-    return rounded.astype(np.uint16)
-
-
-def _read_parameters(file: BinaryIO, config: GPT2Config, rows: int, itemsize: int) -> np.ndarray:
+def _read_parameters(file: BinaryIO, config: GPT2Config, rows: int, dtype: str) -> np.ndarray:
     """All parameters (or their gradients) as a flat float32 array with Vp rows of wte, from a file with `rows` rows."""
     require_memory(FLOAT_BYTES * config.num_parameters_padded, f"{file.name}: reading {config.num_parameters} numbers")
     flat = backend("cpu").zeros(config.num_parameters_padded)
     used = config.vocab_size * config.channels
-    _read_floats(file, flat[:used], itemsize)
-    file.seek((rows - config.vocab_size) * config.channels * itemsize, os.SEEK_CUR)
-    _read_floats(file, flat[config.padded_vocab_size * config.channels :], itemsize)
+    read_floats(file, flat[:used], dtype)
+    file.seek((rows - config.vocab_size) * config.channels * DTYPES[dtype], os.SEEK_CUR)
+    read_floats(file, flat[config.padded_vocab_size * config.channels :], dtype)
     return flat
 
 
-def _write_parameters(file: BinaryIO, config: GPT2Config, flat: np.ndarray, itemsize: int) -> None:
+def _write_parameters(file: BinaryIO, config: GPT2Config, flat: np.ndarray, dtype: str) -> None:
     """The opposite of _read_parameters with Vp rows; the padding rows are written as zeros whatever they hold."""
     used, end = config.vocab_size * config.channels, config.padded_vocab_size * config.channels
-    _write_floats(file, flat[:used], itemsize)
-    file.write(bytes((end - used) * itemsize))
-    _write_floats(file, flat[end:], itemsize)
+    write_floats(file, flat[:used], dtype)
+    file.write(bytes((end - used) * DTYPES[dtype]))
+    write_floats(file, flat[end:], dtype)
 
 
 # ---- model files -----------------------------------------------------------------------------------------------------
@@ -92,12 +58,12 @@ def _write_parameters(file: BinaryIO, config: GPT2Config, flat: np.ndarray, item
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What a model file says of itself: version, geometry, rows of its wte, bytes per number."""
+    """What a model file says of itself: version, geometry, rows of its wte, dtype of its numbers."""
 
     version: int
     config: GPT2Config
     rows: int
-    itemsize: int
+    dtype: str
 
 
 def read_header(path: str | os.PathLike) -> ModelHeader:
@@ -119,16 +85,16 @@ def _read_model_header(file: BinaryIO) -> ModelHeader:
     if rows < vocab_size:
         raise ValueError(f"{file.name}: not a model: {vocab_size} tokens in a table of {rows} rows")
     numbers = num_elements(tensor_shapes(config, rows))
-    itemsize = MODEL_VERSIONS[version]
-    check_size(file, SLOTS.size + numbers * itemsize, f"a model of {numbers} parameters")
-    return ModelHeader(version, config, rows, itemsize)
+    dtype = MODEL_VERSIONS[version]
+    check_size(file, SLOTS.size + numbers * DTYPES[dtype], f"a model of {numbers} parameters")
+    return ModelHeader(version, config, rows, dtype)
 
 
 def read_model(path: str | os.PathLike) -> tuple[GPT2Config, np.ndarray]:
     """The configuration and the flat float32 parameters of a model file, version 1, 3 or 5; padding rows are zero."""
     with open_regular(path) as file:
         header = _read_model_header(file)
-        return header.config, _read_parameters(file, header.config, header.rows, header.itemsize)
+        return header.config, _read_parameters(file, header.config, header.rows, header.dtype)
 
 
 def write_model(path: str | os.PathLike, config: GPT2Config, flat: np.ndarray, dtype: str = "float32") -> None:
@@ -141,7 +107,7 @@ def write_model(path: str | os.PathLike, config: GPT2Config, flat: np.ndarray, d
     slots += [config.channels, config.padded_vocab_size]
     with atomic_write(path) as file:
         file.write(SLOTS.pack(*slots, *[0] * (256 - len(slots))))
-        _write_parameters(file, config, flat, MODEL_VERSIONS[version])
+        _write_parameters(file, config, flat, dtype)
 
 
 # ---- debug states ----------------------------------------------------------------------------------------------------
@@ -197,7 +163,7 @@ def read_debug_state(path: str | os.PathLike, config: GPT2Config) -> DebugState:
                     f"{file.name}: {name} from {tokens.min()} to {tokens.max()} do not fit a vocabulary of "
                     f"{config.vocab_size}; it is of another model, or damaged"
                 )
-        grads = _read_parameters(file, config, rows, 4)
+        grads = _read_parameters(file, config, rows, "float32")
         losses, norms = np.empty((2, steps), np.float32)
         if steps:
             read_into(file, losses, "the losses")
@@ -218,7 +184,7 @@ def write_debug_state(path: str | os.PathLike, config: GPT2Config, state: DebugS
         _write_array(file, state.targets, (B, T), np.int32)
         _write_array(file, state.logits, (B, T, config.vocab_size), np.float32)
         _write_array(file, state.loss, (), np.float32)
-        _write_parameters(file, config, state.grads, 4)
+        _write_parameters(file, config, state.grads, "float32")
         _write_array(file, state.losses, (steps,), np.float32)
         _write_array(file, state.norms, (steps,), np.float32)
 

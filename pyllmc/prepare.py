@@ -2,7 +2,7 @@
 
     settings                    where the tokens come from                 where the model comes from
     text, or nothing            made in the run's folder by datasets       new (layers, heads, channels, context)
-    train_data, val_data        the files that the patterns match          init = a size: new; a .bin: that model
+    train_data, val_data        the files that the patterns match          init = a size: new; else that model
 
 The tokenizer is the one beside the data or beside the model file, else GPT-2's; a new model on a text gets characters.
 
@@ -25,11 +25,11 @@ from .config import GPT2Config
 from .dataloader import DataLoader, matching_files
 from .datasets import SHAKESPEARE, prepare_text
 from .datasets.common import TRAIN_FILE, VAL_FILE
+from .huggingface import HUB_NAMES, find_folder
 from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
-from .model import GPT2
-from .modelfile import read_header
+from .model import GPT2, model_folder, model_format
 from .optimizer import AdamW
-from .settings import GEOMETRY, Settings, flag
+from .settings import GEOMETRY, Settings, flag, is_path
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
 # Started by one of these, a process has its number of processes in the environment: Open MPI, MPICH and its kin, SLURM
@@ -115,12 +115,26 @@ def existing_config(settings: Settings, checkpoint: Checkpoint | None = None) ->
     if not settings.init:
         return None
     if checkpoint is not None:
-        return read_header(checkpoint.model_path).config
-    if not settings.init.endswith(".bin"):
+        return model_format(checkpoint.model_path).read_header(checkpoint.model_path).config
+    path = _path_of_init(settings)
+    if path is None:
         return GPT2Config.from_descriptor(settings.init)
+    return model_format(path).read_header(path).config
+
+
+def _path_of_init(settings: Settings) -> Path | None:
+    """The model file or folder that `init` names, fetched if it is one of HUB_NAMES; None for new weights. ValueError
+    if there is none."""
+    if settings.init in HUB_NAMES:
+        return find_folder(settings.init)
+    if not is_path("init", settings.init):
+        return None
     if not Path(settings.init).exists():
-        raise ValueError(f"{settings.init}: there is no such model file; name one, or a size such as d12, with --init")
-    return read_header(settings.init).config
+        raise ValueError(
+            f"{settings.init}: there is no such model file or folder; name one, {', '.join(HUB_NAMES)}, or a size such "
+            "as d12, with --init"
+        )
+    return Path(settings.init)
 
 
 def new_config(settings: Settings, vocab_size: int) -> GPT2Config:
@@ -202,8 +216,8 @@ def _tokens_of_text(request: Request, config: GPT2Config | None) -> Tokenizer:
 
 
 def _folder_of_init(settings: Settings) -> list[Path]:
-    """Where a tokenizer may lie beside the model file, if it is one."""
-    return [Path(settings.init).parent] if settings.init.endswith(".bin") else []
+    """Where a tokenizer may lie beside the model, if `init` names a file or folder."""
+    return [model_folder(settings.init)] if is_path("init", settings.init) else []
 
 
 def _tokenizer_of_files(request: Request, config: GPT2Config | None) -> Tokenizer:
@@ -257,8 +271,8 @@ def prepare(request: Request) -> Run:
         )
     if checkpoint is not None:
         model = _load_model(checkpoint, config)
-    elif settings.init.endswith(".bin"):
-        model = GPT2.from_checkpoint(settings.init)
+    elif path := _path_of_init(settings):
+        model = GPT2.from_checkpoint(path)
     else:
         model = GPT2(config, settings.seed)
     optimizer = AdamW(model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay)

@@ -4,13 +4,14 @@ A run's settings are the table's values, which are llm.c's, overridden by a reci
 user's), overridden by the command line. Between the table and those stands the default recipe, unless they name a model
 or token files to start from. The run's folder keeps all of them as `recipe.toml`, which is itself a recipe and what
 `--resume` reads. Called by train.py, prepare.py, runs.py and llmc.py; calls cli.py and
-schedules.py for the checks, and files.py.
+schedules.py for the checks, huggingface.py for its names, and files.py.
 """
 
 import argparse
 import difflib
 import glob
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from . import cli
 from .files import atomic_write, open_regular
+from .huggingface import HUB_NAMES
 from .schedules import SCHEDULES
 from .tokenizer import KINDS
 
@@ -84,8 +86,8 @@ class Settings:
         str, "token files to validate on; without them there is no validation", "", metavar="GLOB", result=False
     )
     init: str = option(
-        str, "the model to start from: a size (d12, gpt3:c768) with new weights, or a model file", "",
-        metavar="SIZE|FILE.bin",
+        str, "the model to start from: a size (d12, gpt3:c768) with new weights, a model file, the folder of a Hugging "
+        f"Face GPT-2, or {', '.join(HUB_NAMES)}", "", metavar="SIZE|FILE.bin|FOLDER|NAME",
     )  # fmt: skip
     layers: int = option(_count, "transformer blocks of a new model", 12)
     heads: int = option(_count, "its attention heads; must divide the channels", 12)
@@ -144,6 +146,8 @@ GEOMETRY = ("layers", "heads", "channels", "context")
 # default recipe, which is for a small new model.
 PATHS = ("text", "train_data", "val_data", "init")
 PATTERNS = ("train_data", "val_data")
+# What `init` means as a size, known or not: anything else that it says is a path or one of HUB_NAMES.
+SIZE = re.compile(r"(?:\w+:)?[cd]\d+", re.ASCII)
 
 
 def flag(name: str) -> str:
@@ -216,14 +220,14 @@ def load_recipe(name: str) -> dict:
         raise ValueError(f"{name}: not a recipe: {error}") from None
     values = {key: _checked(key, value, name) for key, value in values.items()}
     for key in PATHS:
-        if values.get(key) and _is_path(key, values[key]):
+        if values.get(key) and is_path(key, values[key]):
             values[key] = _in_folder(Path(name).parent, values[key], key)
     return values
 
 
-def _is_path(name: str, value: str) -> bool:
-    """Whether a setting of PATHS names files: `init` may be a size instead."""
-    return name != "init" or value.endswith(".bin")
+def is_path(name: str, value: str) -> bool:
+    """Whether a setting of PATHS names files: `init` may be a size, or a model to fetch, instead."""
+    return bool(value) and (name != "init" or not (value in HUB_NAMES or SIZE.fullmatch(value)))
 
 
 def _in_folder(folder: Path, value: str, name: str) -> str:
@@ -251,7 +255,7 @@ def run_name(recipe: str, given: dict) -> str:
         return path.absolute().parent.name if path.name == RECIPE_FILE else path.stem
     if given.get("train_data"):
         return Path(given["train_data"]).absolute().parent.name
-    return Path(given["init"]).stem.replace(":", "_") if given.get("init") else DEFAULT_RECIPE
+    return Path(given["init"]).absolute().stem.replace(":", "_") if given.get("init") else DEFAULT_RECIPE
 
 
 def save_recipe(settings: Settings, path: str | Path) -> None:
@@ -263,7 +267,7 @@ def save_recipe(settings: Settings, path: str | Path) -> None:
         value = getattr(settings, name)
         if value == "":
             continue
-        if name in PATHS and _is_path(name, value):
+        if name in PATHS and is_path(name, value):
             value = _in_folder(Path.cwd(), value, name)
         # JSON's numbers and strings are TOML's too, but for one character that TOML wants escaped.
         literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -280,7 +284,7 @@ def check_resumable(recorded: dict, asked: dict, folder: Path) -> None:
         if recorded["init"] and name in GEOMETRY:
             continue
         before = recorded[name]
-        if name in PATHS and value and before and _is_path(name, value):
+        if name in PATHS and value and before and is_path(name, value):
             value, before = (_in_folder(Path.cwd(), path, name) for path in (value, before))
         if FIELDS[name].metadata["result"] and name != "text" and value != before:
             raise ValueError(

@@ -5,8 +5,8 @@ and, because the merge rank of a GPT-2 token is its id, to encode too. The kind 
 GPT-2's own table is in the package (assets/README.md), so nothing is downloaded; tiktoken merges the bytes. The format:
 data/README.md.
 
-Called by the datasets (text to ids), generate.py and prepare.py (ids to text), and runs.py for the file's name; calls
-files.py and config.py.
+Called by the datasets (text to ids), generate.py and prepare.py (ids to text), huggingface.py and convert.py (to write
+what transformers reads), and runs.py for the file's name; calls files.py and config.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import GPT2_VOCAB_SIZE
-from .files import atomic_writes, check_magic, file_size, open_regular
+from .files import atomic_writes, check_magic, file_size, open_regular, read_json
 
 MAGIC = 20240328
 HEADER_BYTES = 1024
@@ -304,9 +304,11 @@ KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (CharTokenizer, GP
 def find_tokenizer(folders: Iterable[Path], vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model with `vocab_size` tokens: the first tokenizer.bin or gpt2_tokenizer.bin in `folders`.
 
-    Where there is none: GPT-2's if that is the size or the size is None, else the ids alone. Raises ValueError if the
-    file found is damaged or has another size, OSError if it cannot be read.
+    Where there is none: GPT-2's if that is the size or the size is None, else the ids alone; these too where one of
+    transformers lies that has other tokens. Raises ValueError if the file found is damaged or has another size,
+    OSError if it cannot be read.
     """
+    folders = list(folders)
     for path in (folder / name for folder in folders for name in TOKENIZER_FILES):
         if path.exists():
             found = Tokenizer.load(path)
@@ -316,7 +318,28 @@ def find_tokenizer(folders: Iterable[Path], vocab_size: int | None = None) -> To
                     "put the model's own tokenizer file there, or none"
                 )
             return found
-    return Tokenizer.gpt2() if vocab_size in (None, GPT2_VOCAB_SIZE) else TokenIds(vocab_size)
+    if vocab_size not in (None, GPT2_VOCAB_SIZE):
+        return TokenIds(vocab_size)
+    gpt2 = Tokenizer.gpt2()
+    return TokenIds(GPT2_VOCAB_SIZE) if any(_has_other_tokens(folder, gpt2) for folder in folders) else gpt2
+
+
+def _has_other_tokens(folder: Path, gpt2: GPT2Tokenizer) -> bool:
+    """Whether transformers' files for a tokenizer that is not GPT-2's are there; many a GPT-2 of another language has
+    50257 tokens too."""
+    for name in ("vocab.json", "tokenizer.json"):
+        if not (path := folder / name).exists():
+            continue
+        vocabulary = read_json(path)
+        if name == "tokenizer.json":
+            if vocabulary.keys() == {"kind"}:  # pyllmc's own
+                continue
+            model = vocabulary.get("model")
+            vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        # Only these tokens have a name there that is their text.
+        plain = {i: token.decode() for i, token in enumerate(gpt2.tokens) if re.fullmatch(rb"[!-~]+", token)}
+        return not isinstance(vocabulary, dict) or any(vocabulary.get(text) != i for i, text in plain.items())
+    return False
 
 
 def _may_have_long_white_space(text: str) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyllmc import checkpoint, modelfile, statefile
+from pyllmc import checkpoint, huggingface, modelfile, statefile
 from pyllmc.config import GPT2Config
 from pyllmc.dataloader import DataLoader
 from pyllmc.model import GPT2
@@ -103,6 +103,27 @@ def read_debug_state(folder):
     assert state.grads.shape == (CONFIG.num_parameters_padded,) and state.losses.shape == state.norms.shape
     for array in (state.logits, state.grads, state.losses, state.norms):
         assert array.dtype == np.float32
+
+
+# ---- folders of Hugging Face -----------------------------------------------------------------------------------------
+
+
+def make_folder(max_shard_bytes, folder):
+    for path in (*folder.glob("*.safetensors"), folder / "config.json", folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
+    made = folder / "made"
+    huggingface.write_model(made, CONFIG, parameters(), max_shard_bytes=max_shard_bytes)
+    for path in made.iterdir():
+        path.rename(folder / path.name)
+    made.rmdir()
+
+
+def read_folder(folder):
+    header = huggingface.read_header(folder)
+    config, flat = huggingface.read_model(folder)
+    assert config == header.config and header.dtype == "float32"
+    assert flat.dtype == np.float32 and flat.shape == (config.num_parameters_padded,)
+    assert not flat[config.vocab_size * config.channels : config.padded_vocab_size * config.channels].any()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -206,6 +227,9 @@ def _checkpoint(target, shuffle, masters, read):
 KINDS = {
     **{f"model-v{v}": Kind("model.bin", functools.partial(make_model, v), read_model) for v in (1, 3, 5)},
     **{f"debug-v{v}": Kind("debug.bin", functools.partial(make_debug_state, v), read_debug_state) for v in (1, 2)},
+    "folder": Kind("model.safetensors", functools.partial(make_folder, 10**9), read_folder),
+    "folder-config": Kind("config.json", functools.partial(make_folder, 10**9), read_folder),
+    "folder-index": Kind("model.safetensors.index.json", functools.partial(make_folder, 600), read_folder),
     "state": _checkpoint(STATE, False, True, functools.partial(read_training_state, False)),
     "state-shuffled": _checkpoint(STATE, True, False, functools.partial(read_training_state, True)),
     "manifest": _checkpoint(DONE, False, False, read_manifest),

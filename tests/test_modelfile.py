@@ -12,6 +12,7 @@ from hostile import patched
 
 from pyllmc import modelfile
 from pyllmc.config import GPT2Config
+from pyllmc.floats import to_bfloat16
 from pyllmc.model import GPT2
 
 CONFIG = GPT2Config(num_layers=2, num_heads=2, channels=4, vocab_size=5, max_seq_len=3)
@@ -54,7 +55,7 @@ def test_bfloat16_model_file(tmp_path, flat):
     modelfile.write_model(path, CONFIG, flat, "bfloat16")
     data = path.read_bytes()
     assert slots_of(path)[:8] == [20240326, 5, 3, 5, 2, 2, 4, 128] and len(data) == 1024 + 2 * NUM_PARAMETERS
-    assert np.array_equal(np.frombuffer(data, "<u2", offset=1024), modelfile.to_bfloat16(flat))
+    assert np.array_equal(np.frombuffer(data, "<u2", offset=1024), to_bfloat16(flat))
     config, back = modelfile.read_model(path)
     assert config == CONFIG and np.allclose(back, flat, rtol=2**-8, atol=0)
     # What has been rounded once is not changed by another round trip.
@@ -77,7 +78,7 @@ def test_bfloat16_rounding():
         0x00000001: 0x0000,
     }
     bits = np.array(list(cases), np.uint32).view(np.float32)
-    assert [hex(value) for value in modelfile.to_bfloat16(bits)] == [hex(value) for value in cases.values()]
+    assert [hex(value) for value in to_bfloat16(bits)] == [hex(value) for value in cases.values()]
 
 
 def test_sizes_of_gpt2():
@@ -91,7 +92,7 @@ def test_round_trip(model_file, flat):
     config, back = modelfile.read_model(model_file)
     assert config == CONFIG and back.dtype == np.float32 and np.array_equal(back, flat)
     header = modelfile.read_header(model_file)
-    assert (header.version, header.config, header.rows, header.itemsize) == (3, CONFIG, 128, 4)
+    assert (header.version, header.config, header.rows, header.dtype) == (3, CONFIG, 128, "float32")
 
 
 def test_version_1_has_no_padding(tmp_path, flat):

@@ -110,6 +110,14 @@ def test_relative_paths_count_from_the_recipe(tmp_path, monkeypatch):
     assert tomllib.loads(Path("recipe.toml").read_text())["text"] == str(tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize("size_or_name", ["d12", "d13", "gpt2:d12", "gpt3:c768", "gpt2", "gpt2-medium", "gpt2-xl"])
+def test_a_model_is_a_path_unless_it_is_a_size_or_is_fetched(tmp_path, size_or_name):
+    for init, found in ((size_or_name, size_or_name), (f"./{size_or_name}", str(tmp_path / size_or_name)),
+                        ("some-gpt2", str(tmp_path / "some-gpt2")), ("a.bin", str(tmp_path / "a.bin"))):  # fmt: skip
+        name = write(tmp_path / "mine.toml", f'init = "{init}"\n')
+        assert settings.load_recipe(name) == {"init": found}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -16,6 +16,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyllmc.huggingface import tokenizer_files
 from pyllmc.tokenizer import (
     _WHITE,
     END_OF_TEXT,
@@ -306,26 +307,10 @@ def test_table_is_the_file_that_its_readme_describes():
     assert hashlib.sha256(data).hexdigest() in readme and f"{len(data):,} bytes" in readme
 
 
-def published_files(tokens, byte_of):
-    """encoder.json and vocab.bpe as OpenAI published them, from the table alone: the merge that makes a token is the
-    last of those that lead to it."""
-    char_of = {byte: char for char, byte in byte_of.items()}
-    names = ["".join(char_of[byte] for byte in token) for token in tokens[:-1]] + [END_OF_TEXT.decode()]
-    ranks, merges = {}, []
-    for rank, token in enumerate(tokens[:-1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(tokens)))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if rank >= 256:
-            merges.append(" ".join("".join(char_of[byte] for byte in part) for part in parts))
-        ranks[token] = rank
-    encoder = json.dumps({name: i for i, name in enumerate(names)}).encode()
-    return {"encoder.json": encoder, "vocab.bpe": "\n".join(["#version: 0.2", *merges, ""]).encode()}
-
-
 def test_table_and_published_files_make_one_another(gpt2, script, tmp_path, capsys):
-    files = published_files(gpt2.tokens, script.byte_names())
+    """encoder.json and vocab.bpe are what transformers calls vocab.json and merges.txt."""
+    exported = tokenizer_files(gpt2, 1024)
+    files = {"encoder.json": exported["vocab.json"], "vocab.bpe": exported["merges.txt"]}
     assert {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} == script.SOURCES
     (tmp_path / "data").mkdir()
     for name, data in files.items():
@@ -452,6 +437,24 @@ def test_without_a_file_it_is_gpt2s_or_ids(tmp_path):
     assert find_tokenizer([tmp_path]).kind == find_tokenizer([tmp_path], 50257).kind == "gpt2"
     other = find_tokenizer([tmp_path], 65)
     assert isinstance(other, TokenIds) and other.vocab_size == 65
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_transformers_files_tell_gpt2s_tokens_from_others(tmp_path, name, gpt2):
+    """By their tokens, not by their number: many a GPT-2 of another language has 50257 too."""
+    vocabulary = json.loads(tokenizer_files(gpt2, 1024)["vocab.json"])
+    swapped = vocabulary | {"a": vocabulary["b"], "b": vocabulary["a"]}
+    for tokens, found in ((vocabulary, GPT2Tokenizer), (swapped, TokenIds), ({}, TokenIds), ([], TokenIds)):
+        content = {"model": {"vocab": tokens}} if name == "tokenizer.json" else tokens
+        (tmp_path / name).write_text(json.dumps(content))
+        if content == []:
+            with pytest.raises(ValueError, match="vocab.json: expected a JSON object"):
+                find_tokenizer([tmp_path], 50257)
+            continue
+        assert type(find_tokenizer([tmp_path], 50257)) is found
+        assert find_tokenizer([tmp_path], 65).vocab_size == 65
+    (tmp_path / name).write_text('{"kind": "gpt2"}')
+    assert type(find_tokenizer([tmp_path])) is (GPT2Tokenizer if name == "tokenizer.json" else TokenIds)
 
 
 def test_a_damaged_tokenizer_file_is_not_passed_over(tmp_path):

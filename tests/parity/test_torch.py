@@ -16,6 +16,7 @@ import pytest
 import pyllmc
 from pyllmc import cli, modelfile, verify
 from pyllmc.config import GPT2Config
+from pyllmc.floats import to_bfloat16
 from pyllmc.model import GPT2, initial_parameters
 from pyllmc.optimizer import AdamW
 from pyllmc.rng import TorchGenerator
@@ -197,7 +198,7 @@ def test_greedy_text_is_torchs():
 def test_torch_bfloat16_rounding():
     values = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(modelfile.to_bfloat16(values), expected)
+    assert np.array_equal(to_bfloat16(values), expected)
 
 
 GEOMETRY = ["--layers=2", "--heads=2", "--channels=16", "--context=12", "--batch-size=2", "--seq-len=12"]
