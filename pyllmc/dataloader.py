@@ -7,7 +7,8 @@ the order of the shards anew at every epoch and the order of the samples anew at
 So the B rows of a batch are neighbours in the text, and a small batch sees little of its variety. With scatter_rows
 every row is a sample of its own, drawn as llm.c draws the batches of B = 1: a batch is B of those.
 
-Called by prepare.py; calls tokenfile.py, which reads the files that `pyllmc.datasets` or llm.c made, and rng.py.
+Called by prepare.py and evaluate.py; calls tokenfile.py, which reads the files that `pyllmc.datasets` or llm.c made,
+and rng.py.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ the text goes on from there.
 Several samples are decoded together, up to GROUP at a time: the weights, which are most of what a token reads, are then
 read once for all. Each sample has coins of its own, and the same text in any company.
 
-Called by train.py, and by convert.py for `find_model`; calls model.py, tokenizer.py, rng.py, hardware.py; the program
-also checkpoint.py and huggingface.py.
+Called by train.py, and by convert.py and evaluate.py for `find_model`; calls model.py, tokenizer.py, rng.py,
+hardware.py; the program also checkpoint.py and huggingface.py.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from .train import train
 
 Value = str | int | float | bool
 
+HELLASWAG_FILE = "dev/data/hellaswag/hellaswag_val.bin"
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -48,13 +50,19 @@ def _one_less(text: str) -> str:
     return str(max(1, cli.positive_int(text) - 1))
 
 
+def _file_of_hellaswag(text: str) -> str:
+    """llm.c asks whether, the settings ask for the file, which has one place there."""
+    if text not in ("0", "1"):
+        raise ValueError(f"expected 0 or 1, got {text!r}")
+    return HELLASWAG_FILE if text == "1" else ""
+
+
 def _never_is_minus_1(text: str) -> str:
     """llm.c writes "never" as 0, the settings as -1."""
     return "-1" if text == "0" else text
 
 
 _SEVERAL = "training runs in one process"
-_EVALUATION = "there is no HellaSwag evaluation yet"
 _OUTLIERS = "updates with outlying losses or gradients are not skipped yet"
 _GPU = "there is no GPU to tell of"
 
@@ -88,7 +96,7 @@ FLAGS = {
         -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
     ),
     "lg": Flag(-1, "steps between lines about the GPU", takes=("-1",), because=_GPU),
-    "h": Flag(0, "HellaSwag; -h alone prints this help", takes=("0",), because=_EVALUATION),
+    "h": Flag(0, "1 measures HellaSwag; -h alone prints this help", "hellaswag", _file_of_hellaswag),
     "sl": Flag(0.0, "z-score of the loss above which an update is skipped", takes=("0",), because=_OUTLIERS),
     "sg": Flag(0.0, "the same of the gradient's norm", takes=("0",), because=_OUTLIERS),
     "z": Flag(0, "ZeRO stage", takes=("0",), because=_SEVERAL),

@@ -1,6 +1,7 @@
 """What a training run tells: lines and a live bar on the console, and `main.log` in llm.c's grammar.
 
     s:250 tel:2.0312                               validation loss before update 250
+    s:250 eval:0.2955                              accuracy on HellaSwag before update 250
     s:250 trl:2.0731 lr:0.002912 norm:0.61         loss, learning rate and gradient norm of update 250
 
 `Console` is made by prepare.py and written to by train.py; `MainLog` writes the file and `read_main_log` reads it for
@@ -97,6 +98,10 @@ class MainLog:
     def validation(self, step: int, loss: float) -> None:
         """The validation loss before update `step`."""
         self._write(f"s:{step} tel:{loss:.4f}")
+
+    def evaluation(self, step: int, accuracy: float) -> None:
+        """The accuracy on HellaSwag before update `step`."""
+        self._write(f"s:{step} eval:{accuracy:.4f}")
 
     def train(self, step: int, loss: float, learning_rate: float, norm: float) -> None:
         """The figures of update `step`."""
@@ -246,6 +251,11 @@ class Console:
                 f"{self.label(done)} | loss {loss:.4f} | norm {norm:7.4f} | lr {learning_rate:.2e} | "
                 f"{seconds * 1000:.1f} ms | {speed} | {format_share(pace.gflops / peak)} of peak | {left}"
             )
+
+    def activity(self, text: str) -> None:
+        """What is done between two steps: in the bar until the next one, and nowhere if there is no bar."""
+        if self._bar is not None:
+            self._guarded(self._bar.set_description_str, text)
 
     def label(self, step: int) -> str:
         """`step  250/2000`, as wide for every step."""

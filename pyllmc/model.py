@@ -1,8 +1,9 @@
 """GPT-2: logits, loss, and gradients, as two flat lists of op calls over preallocated buffers.
 
 The model holds flat buffers cut into named views (tensors.py) and calls the ops of one backend; it never asks which one
-it has, so the float64 reference of the tests runs it too. Called by prepare.py, generate.py, verify.py, the training
-loop and notebooks; calls tensors.py, config.py, rng.py for new weights, modelfile.py and huggingface.py for saved ones.
+it has, so the float64 reference of the tests runs it too. Called by prepare.py, generate.py, evaluate.py, verify.py,
+hellaswag.py, the training loop and notebooks; calls tensors.py, config.py, rng.py for new weights, modelfile.py and
+huggingface.py for saved ones.
 
 `GPT2._forward` and `GPT2._backward` are the whole network, the second the first read from the bottom up.
 """
@@ -94,12 +95,11 @@ class GPT2:
     def loss(self, inputs, targets):
         """Mean cross-entropy in nats of targets (B,T) after inputs (B,T), a 0-d array; targets of -1 do not count."""
         tokens, targets = self._check_batch(inputs, targets)
-        acts = self._inference_activations(*tokens.shape)
-        self._forward(tokens, acts)
-        self.ops.classifier_forward(
-            acts.lnf, self.params["wte"], targets, vocab_size=self.config.vocab_size, losses=acts.losses
-        )
-        return self.ops.mean_loss(acts.losses, targets)
+        return self.ops.mean_loss(self._losses(tokens, targets), targets)
+
+    def losses(self, inputs, targets):
+        """What `loss` is the mean of: the cross-entropy of each target, a new array (B,T); 0 where a target is -1."""
+        return self._losses(*self._check_batch(inputs, targets))
 
     def forward_backward(self, inputs, targets, loss_scale: float = 1.0):
         """The loss, unscaled, as `loss` gives it; adds the gradients of loss_scale * loss to `grads`.
@@ -131,6 +131,11 @@ class GPT2:
         return views(self.flat_grads, self.config)
 
     # ---- the network -------------------------------------------------------------------------------------------------
+
+    def _losses(self, tokens, targets):
+        acts = self._inference_activations(*tokens.shape)
+        self._forward(tokens, acts)
+        return self.ops.classifier_forward(acts.lnf, self.params["wte"], targets, vocab_size=self.config.vocab_size)
 
     def _forward(self, tokens, acts: Activations, cache: DecodeCache | None = None) -> None:
         """tokens (B,T) -> acts; all that comes before the LM head. With a cache, the tokens continue what it holds."""

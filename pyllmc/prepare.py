@@ -25,6 +25,7 @@ from .config import GPT2Config
 from .dataloader import DataLoader, matching_files
 from .datasets import SHAKESPEARE, prepare_text
 from .datasets.common import TRAIN_FILE, VAL_FILE
+from .hellaswag import HellaSwag
 from .huggingface import HUB_NAMES, find_folder
 from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
 from .model import GPT2, model_folder, model_format
@@ -60,6 +61,7 @@ class Run:
     tokenizer: Tokenizer
     train_loader: DataLoader
     val_loader: DataLoader | None
+    hellaswag: HellaSwag | None
     model: GPT2
     optimizer: AdamW
     batches_per_step: int
@@ -156,11 +158,17 @@ def _batch_shape(settings: Settings, config: GPT2Config) -> tuple[int, int, int]
     return B, T, total // (B * T)
 
 
+def _needed_memory(settings: Settings, config: GPT2Config) -> int:
+    """Bytes that training takes, and HellaSwag, whose batches have other shapes."""
+    B, T, _ = _batch_shape(settings, config)
+    needed = config.training_bytes(B, T)
+    return needed + config.activation_bytes(B, T, training=False) if settings.hellaswag else needed
+
+
 def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> None:
     """ValueError if memory or disk cannot hold what training this model takes."""
     settings, folder = request.settings, request.folder
-    B, T, _ = _batch_shape(settings, config)
-    needed, free = config.training_bytes(B, T), hardware.free_memory()
+    needed, free = _needed_memory(settings, config), hardware.free_memory()
     if free is not None and needed > free:
         remedy = "choose a smaller --init" if settings.init else "reduce --layers, --channels or --context"
         raise ValueError(
@@ -263,6 +271,7 @@ def prepare(request: Request) -> Run:
     check_needs(request, config)
     B, T, batches_per_step = _batch_shape(settings, config)
     train_loader, val_loader = _loaders(request, config, T)
+    hellaswag = HellaSwag(settings.hellaswag, B, T, config.vocab_size) if settings.hellaswag else None
     num_steps = settings.max_steps or train_loader.num_tokens // (batches_per_step * B * T)
     if num_steps < 1:
         raise ValueError(
@@ -282,11 +291,12 @@ def prepare(request: Request) -> Run:
             raise ValueError(f"{checkpoint.model_path}: is beyond the run's last step, {num_steps}")
     # Another process may take its share for a moment: of two measurements the better one is the machine's.
     peak = hardware.peak_gflops(0.1)
-    pace = _measure_pace(settings, model, train_loader, val_loader, batches_per_step, num_steps)
+    pace = _measure_pace(settings, model, train_loader, val_loader, hellaswag, batches_per_step, num_steps)
     peak = max(peak, hardware.peak_gflops(0.1))
     return Run(
-        settings, folder, tokenizer, train_loader, val_loader, model, optimizer, batches_per_step, num_steps,
-        checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace, peak, free_memory,
+        settings, folder, tokenizer, train_loader, val_loader, hellaswag, model, optimizer, batches_per_step,
+        num_steps, checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace, peak,
+        free_memory,
     )  # fmt: skip
 
 
@@ -302,6 +312,7 @@ def _measure_pace(
     model: GPT2,
     train_loader: DataLoader,
     val_loader: DataLoader | None,
+    hellaswag: HellaSwag | None,
     batches_per_step: int,
     num_steps: int,
 ) -> Pace:
@@ -319,8 +330,10 @@ def _measure_pace(
     B, T = batch[0].shape
     tokens = batches_per_step * B * T
     pace = Pace(num_steps, tokens, model.config.flops_per_token(T), batches_per_step * min(times))
-    # Validation is all forward, a third of a step.
+    # Validation and HellaSwag are all forward, a third of a step.
     pace.pause("validation", settings.val_every, _num_val_batches(settings, val_loader) * min(times) / 3)
+    if hellaswag is not None:
+        pace.pause("HellaSwag", settings.val_every, hellaswag.num_tokens / (B * T) * min(times) / 3)
     return pace
 
 
@@ -341,6 +354,8 @@ def print_plan(run: Run) -> None:
         different = f", {config.vocab_size - 1} different ones" if unit == "character" else ""
         source = settings.text or "nine plays of Shakespeare, built in"
         data = {"text": f"{source}: {tokens:,} {unit}s to train on, {held_out}{different}"}
+    if run.hellaswag:
+        data["HellaSwag"] = f"{settings.hellaswag}: {run.hellaswag.num_examples:,} examples"
     accumulated = f"{run.batches_per_step} x " if run.batches_per_step > 1 else ""
     rows = data | {
         "model": (f"{settings.init}: " if settings.init else "")
@@ -350,7 +365,7 @@ def print_plan(run: Run) -> None:
         f"learning rate {settings.learning_rate:g}, {settings.schedule}; seed {settings.seed}",
         "machine": f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
         f"peak {run.peak:.0f} GFLOP/s (float32, measured)",
-        "memory": f"{format_bytes(config.training_bytes(B, T))} needed"
+        "memory": f"{format_bytes(_needed_memory(settings, config))} needed"
         + (f" of {format_bytes(free)} free" if free is not None else ""),
         "speed": f"about {format_count(pace.tokens_per_second)} {unit}s/s, {format_share(pace.gflops / run.peak)} "
         f"of the peak (6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each)",

@@ -85,6 +85,10 @@ class Settings:
     val_data: str = option(
         str, "token files to validate on; without them there is no validation", "", metavar="GLOB", result=False
     )
+    hellaswag: str = option(
+        str, "HellaSwag's file (python -m pyllmc.datasets hellaswag), to be measured with each validation but the "
+        "first", "", metavar="FILE", result=False,
+    )  # fmt: skip
     init: str = option(
         str, "the model to start from: a size (d12, gpt3:c768) with new weights, a model file, the folder of a Hugging "
         f"Face GPT-2, or {', '.join(HUB_NAMES)}", "", metavar="SIZE|FILE.bin|FOLDER|NAME",
@@ -144,7 +148,8 @@ FIELDS = {setting.name: setting for setting in fields(Settings)}
 GEOMETRY = ("layers", "heads", "channels", "context")
 # Where the data and the model come from. Any of these but the text makes a run that stands on the table, not on the
 # default recipe, which is for a small new model.
-PATHS = ("text", "train_data", "val_data", "init")
+SOURCES = ("text", "train_data", "val_data", "init")
+PATHS = (*SOURCES, "hellaswag")
 PATTERNS = ("train_data", "val_data")
 # What `init` means as a size, known or not: anything else that it says is a path or one of HUB_NAMES.
 SIZE = re.compile(r"(?:\w+:)?[cd]\d+", re.ASCII)
@@ -240,7 +245,7 @@ def _in_folder(folder: Path, value: str, name: str) -> str:
 def base_settings(asked: dict) -> dict:
     """All settings of a run of which only `asked` are given, before these override them."""
     values = {name: setting.default for name, setting in FIELDS.items()}
-    stands_on_table = any(asked.get(name) for name in PATHS if name != "text")
+    stands_on_table = any(asked.get(name) for name in SOURCES if name != "text")
     return values if stands_on_table else values | load_recipe(DEFAULT_RECIPE)
 
 

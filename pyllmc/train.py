@@ -1,8 +1,8 @@
 """`python -m pyllmc.train`: text in, a trained model out. Without arguments a small character GPT on Shakespeare.
 
 Puts the pieces together: settings (settings.py), the run's folder (runs.py), data and model (prepare.py), and the loop,
-whose order is llm.c's: for step = 0 .. N validate, sample, save, train; the last round does all but the last.
-Checkpoint number S has S updates behind it, and `--resume` goes on from it bit for bit.
+whose order is llm.c's: for step = 0 .. N validate, measure HellaSwag, sample, save, train; the last round does all but
+the last. Checkpoint number S has S updates behind it, and `--resume` goes on from it bit for bit.
 
 Exit codes, for scripts that start a run again until it is done:
 
@@ -139,6 +139,9 @@ def _loop(run: Run, log: MainLog, stop: Stop) -> int:
     while True:
         if run.val_loader and _due(step, settings.val_every, last) and not stopping():
             _validate(run, step, log, stopping)
+        # As with llm.c not before the first update, unlike validation.
+        if run.hellaswag and step > 0 and _due(step, settings.val_every, last) and not stopping():
+            _measure_hellaswag(run, step, log, stopping)
         if settings.sample_every and _due(step, settings.sample_every, last) and not stopping():
             _show_sample(run, step, stopping)
         ends = step == last or stopping()
@@ -168,6 +171,20 @@ def _validate(run: Run, step: int, log: MainLog, stopping: Callable[[], bool]) -
     log.validation(step, run.validation_loss)
     run.pace.pause("validation", run.settings.val_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | validation loss {run.validation_loss:.4f}")
+
+
+def _measure_hellaswag(run: Run, step: int, log: MainLog, stopping: Callable[[], bool]) -> None:
+    """The share of HellaSwag that the model gets right; nothing if the run is asked to stop meanwhile."""
+    begin = time.perf_counter()
+    done, right, total = 0, 0, run.hellaswag.num_examples
+    for answered, right_ones in run.hellaswag.answer(run.model):
+        if stopping():
+            return
+        done, right = done + answered, right + right_ones
+        run.console.activity(f"HellaSwag {done}/{total}")
+    log.evaluation(step, right / total)
+    run.pace.pause("HellaSwag", run.settings.val_every, time.perf_counter() - begin)
+    run.console.line(f"{run.console.label(step)} | HellaSwag {right}/{total} = {right / total:.4f}")
 
 
 def _show_sample(run: Run, step: int, stopping: Callable[[], bool]) -> None:

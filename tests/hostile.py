@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyllmc import checkpoint, huggingface, modelfile, statefile
+from pyllmc import checkpoint, evalfile, hellaswag, huggingface, modelfile, statefile
 from pyllmc.config import GPT2Config
 from pyllmc.dataloader import DataLoader
 from pyllmc.model import GPT2
@@ -215,6 +215,25 @@ def check_batch(batch, vocab_size):
     assert np.array_equal(inputs.ravel()[1:], targets.ravel()[:-1])
 
 
+# ---- evaluation files ------------------------------------------------------------------------------------------------
+
+
+def make_examples(folder):
+    completions = [np.arange(1, 2 + i) for i in range(4)]
+    evalfile.write_examples(
+        folder / "eval.bin", [evalfile.Example(i % 4, np.arange(5 + i), tuple(completions)) for i in range(5)]
+    )
+
+
+def read_examples(folder):
+    for label, context, completions in evalfile.read_examples(folder / "eval.bin"):
+        assert 0 <= label < 4 == len(completions)
+        for tokens in (context, *completions):
+            assert tokens.dtype == np.uint16 and tokens.size and tokens.max() < 65535
+    asked = hellaswag.HellaSwag(folder / "eval.bin", 8, 16, VOCAB_SIZE)
+    assert 0 < asked.num_tokens <= 4 * 16 * asked.num_examples
+
+
 BYTES = [bytes([byte]) for byte in range(256)]
 CHARACTERS, BYTE_PAIRS = CharTokenizer.from_text(TEXT), GPT2Tokenizer([*BYTES, b"ab", b"abc", END_OF_TEXT], 258)
 STATE, DONE = f"state_{STEP:08d}_00000.bin", f"DONE_{STEP:08d}"
@@ -241,6 +260,7 @@ KINDS = {
         f"tokens-{format}": Kind("tokens.bin", functools.partial(make_tokens, format), read_tokens)
         for format in ("uint16", "uint32", "int32")
     },
+    "evaluation": Kind("eval.bin", make_examples, read_examples),
 }
 
 

@@ -19,11 +19,11 @@ SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".cu", ".c
 PROGRAMS, CHOICE, BACKENDS = "programs", "the choice of a backend", "backends"
 LAYERS = {
     "the package": "pyllmc",
-    PROGRAMS: "llmc train generate convert verify plot __main__ datasets.__main__",
+    PROGRAMS: "llmc train generate evaluate convert verify plot __main__ datasets.__main__",
     "what a run needs": "prepare runs settings datasets",
-    "what is computed, and its files": "model optimizer schedules checkpoint dataloader ops "
+    "what is computed, and its files": "model optimizer schedules hellaswag checkpoint dataloader ops "
     "modelfile statefile huggingface",
-    "tokens": "tokenizer tokenfile",
+    "tokens": "tokenizer tokenfile evalfile",
     "ground": "config tensors rng files floats safetensors hardware logs cli",
     CHOICE: "backends",
     BACKENDS: "_ops _cuda",

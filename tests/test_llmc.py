@@ -10,6 +10,7 @@ import pytest
 from pyllmc import checkpoint, cli, hardware, llmc, modelfile, train
 from pyllmc.config import GPT2Config
 from pyllmc.datasets import prepare_text
+from pyllmc.evalfile import Example, write_examples
 from pyllmc.model import GPT2
 from pyllmc.settings import FIELDS, Settings, load_recipe
 from pyllmc.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def test_defaults_are_llm_c_s():
     assert not resume
     assert settings == {
         "train_data": "dev/data/tinyshakespeare/tiny_shakespeare_train.bin",
-        "val_data": "dev/data/tinyshakespeare/tiny_shakespeare_val.bin",
+        "val_data": "dev/data/tinyshakespeare/tiny_shakespeare_val.bin", "hellaswag": "",
         "init": "gpt2_124M_bf16.bin", "out": "", "checkpoint_every": -1, "keep_checkpoints": 0, "keep_every": 0,
         "batch_size": 4, "seq_len": 1024, "total_batch_size": 0, "max_steps": 0, "schedule": "cosine",
         "learning_rate": 3e-4, "warmup": 0, "final_lr_fraction": 1.0, "weight_decay": 0.0, "val_every": 20,
@@ -73,7 +74,7 @@ def test_every_flag_of_llm_c_is_there():
         ("-l 0.0006", "learning_rate", 6e-4), ("-u 700", "warmup", 700), ("-q 0.1", "final_lr_fraction", 0.1),
         ("-c 0.1", "weight_decay", 0.1), ("-v 250", "val_every", 250), ("-m -1", "val_batches", 0),
         ("-m 5", "val_batches", 5), ("-s 0", "sample_every", 0), ("-g 144", "sample_length", 143),
-        ("-a 1", "overfit", True),
+        ("-a 1", "overfit", True), ("-h 1", "hellaswag", "dev/data/hellaswag/hellaswag_val.bin"),
     ],
 )  # fmt: skip
 def test_values_arrive(flags, name, value):
@@ -110,7 +111,7 @@ def test_what_gives_the_same_result_is_taken(flags):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("-h 1", "HellaSwag"), ("-z 1", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
+        ("-h 2", "0 or 1"), ("-z 1", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
         ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl 7", "not skipped"),
         ("-sg 7", "not skipped"), ("-r 2", "recompute"), ("-lg 10", "GPU"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
         ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),
@@ -171,6 +172,31 @@ def test_y_goes_on_from_the_newest_checkpoint_if_there_is_one():
     assert run("-o", "parts", "-n", "2", "-y", "1") == 0
     for name in ("main.log", "model_00000004.bin", "state_00000004_00000.bin"):
         assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_hellaswag_is_measured_with_h():
+    Path("dev/data/hellaswag").mkdir(parents=True)
+    write_examples(llmc.HELLASWAG_FILE, [Example(0, [1, 2], ([3], [4], [5], [6, 7]))] * 5)
+    assert run("-o", "log", "-n", "4", "-h", "1", "-b", "4") == 0
+    log = Path("log/main.log").read_text()
+    assert re.findall(r"s:(\d+) tel", log) == ["0", "2", "4"]
+    assert re.findall(r"s:(\d+) eval:[01]\.\d{4}\n", log) == ["2", "4"]
+    assert load_recipe("log/recipe.toml")["hellaswag"] == str(Path(llmc.HELLASWAG_FILE).absolute())
+
+
+def test_hellaswag_needs_its_file(capsys):
+    assert run("-o", "log", "-h", "1") == 1
+    makes = "python -m pyllmc.datasets hellaswag --output dev/data/hellaswag makes it"
+    assert capsys.readouterr().err == f"error: {llmc.HELLASWAG_FILE}: no such file; {makes}\n"
+    assert sorted(os.listdir()) == ["data"]
+
+
+def test_hellaswag_needs_four_rows(capsys):
+    Path("dev/data/hellaswag").mkdir(parents=True)
+    write_examples(llmc.HELLASWAG_FILE, [Example(0, [1], ([3], [4], [5], [6]))])
+    assert run("-o", "log", "-h", "1", "-b", "2") == 1
+    err = capsys.readouterr().err
+    assert "a batch of 2 is too small" in err and "; -b 4 is the least" in err and err.count("\n") == 1
 
 
 def test_a_run_of_llm_c_is_taken_over(capsys):

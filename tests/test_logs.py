@@ -27,6 +27,13 @@ def test_figures():
 # ---- main.log -------------------------------------------------------------------------------------------------------
 
 
+def test_accuracy(tmp_path):
+    log = logs.MainLog(tmp_path / "main.log")
+    log.evaluation(250, 2967 / 10042)
+    log.close()
+    assert (tmp_path / "main.log").read_text() == "s:250 eval:0.2955\n"
+
+
 def write_log(path, steps, **options) -> None:
     log = logs.MainLog(path, **options)
     for step in steps:
@@ -169,6 +176,22 @@ def test_one_bar_on_a_terminal(pace, monkeypatch):
     # What stays on the screen: everything after the last return to the start of its line.
     lines = shown.replace("\r\n", "\n").split("\n")
     assert [line.rpartition("\r")[2].rstrip() for line in lines] == ["a line", "the end", ""]
+
+
+def test_activity_is_in_the_bar_only(pace, monkeypatch, capsys):
+    console = logs.Console(100)
+    console.activity("counting")
+    assert capsys.readouterr().out == ""
+    controller, terminal = pty.openpty()
+    with open(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setenv("COLUMNS", "90")
+        console.start(0)
+        console.activity("counting 1/2")
+        console.step(1, 2.0, 0.5, 1e-3, 0.01, pace, 10.0)
+        console.close()
+    assert b"0/100  counting 1/2" in os.read(controller, 100_000)
+    os.close(controller)
 
 
 def patient(init):

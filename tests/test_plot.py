@@ -2,24 +2,28 @@
 
 import math
 import os
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 
 from pyllmc import cli, plot
+from pyllmc.config import GPT2Config
 from pyllmc.logs import MainLog
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def make_run(folder: Path, steps: int = 100, last: float = 1.5) -> Path:
+def make_run(folder: Path, steps: int = 100, last: float = 1.5, hellaswag: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = MainLog(folder / "main.log")
     for step in range(steps + 1):
         loss = last + 2.5 * math.exp(-8 * step / steps)
         if step % 20 == 0:
             log.validation(step, loss + 0.1)
+            if hellaswag and step:
+                log.evaluation(step, 0.25 + step / 1000)
         if step < steps:
             log.train(step, loss, 1e-3, 0.5)
     log.close()
@@ -61,13 +65,56 @@ def test_picture_of_several_runs(tmp_path, monkeypatch):
 
 
 def test_what_is_drawn(tmp_path):
-    (axes,) = plot._draw(plot.read_runs([make_run(tmp_path / "run")])).axes
+    (axes,) = plot._draw(plot.read_runs([make_run(tmp_path / "run")]), {}).axes
     faint, train, validation = axes.lines
     assert len(faint.get_xdata()) == len(train.get_xdata()) == 100
     assert list(validation.get_xdata()) == [0, 20, 40, 60, 80, 100]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0].startswith("training (last 1.5") and labels[1] == "validation (last 1.601, best 1.601)"
     assert axes.get_ylabel() == "loss (nats per token)" and axes.get_yscale() == "log"
+
+
+def labels_of(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_accuracy_has_a_panel_of_its_own(tmp_path):
+    runs = plot.read_runs([make_run(tmp_path / "a", hellaswag=True)])
+    losses, accuracy = plot._draw(runs, {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}).axes
+    assert len(losses.lines) == 3 and losses.get_ylabel() == "loss (nats per token)"
+    curve, *dashes = accuracy.lines
+    assert list(curve.get_xdata()) == [20, 40, 60, 80, 100] and curve.get_ydata()[-1] == 0.35
+    assert [line.get_ydata()[0] for line in dashes] == [0.294463, 0.337]
+    assert labels_of(accuracy) == ["this run (last 0.3500, best 0.3500)", "GPT-2 124M (0.2945)", "GPT-3 125M (0.3370)"]
+    assert losses.get_xlabel() == "" and accuracy.get_xlabel() == "step"
+    assert plot.plot_losses(tmp_path / "a").read_bytes().startswith(PNG)
+
+
+def test_runs_with_and_without_accuracy_in_one_picture(tmp_path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", hellaswag=True)]
+    _, accuracy = plot._draw(plot.read_runs(folders), {}).axes
+    assert labels_of(accuracy) == ["b (last 0.3500, best 0.3500)"]
+
+
+def test_accuracy_is_in_the_table(tmp_path):
+    lines = plot.loss_table(plot.read_runs([make_run(tmp_path / "a", hellaswag=True)])).splitlines()
+    assert lines[1].split() == ["step", "training", "validation", "HellaSwag"]
+    assert lines[-1].split()[-1] == "0.3500" and len(lines[2].split()) == 3
+
+
+def test_what_others_reach_is_that_of_the_runs_size(tmp_path):
+    for name, config in (("small", GPT2Config(1, 1, 4, 50, 8)), ("deep", GPT2Config(12, 12, 768, 5, 8))):
+        folder = make_run(tmp_path / name, hellaswag=True)
+        header = [20240326, 3, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads]
+        size = 4 * config.num_parameters_padded
+        with open(folder / "model_00000100.bin", "wb") as file:
+            file.write(struct.pack("<256i", *header, config.channels, config.padded_vocab_size, *[0] * 248))
+            file.truncate(1024 + size)
+        for rest in ("state_00000100_00000.bin", "DONE_00000100"):
+            (folder / rest).touch()
+    assert plot.reached([tmp_path / "small"]) == plot.reached([tmp_path]) == {}
+    gpt2 = {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}
+    assert plot.reached([tmp_path / "deep", tmp_path / "small"]) == plot.reached([tmp_path / "deep/main.log"]) == gpt2
 
 
 @pytest.mark.parametrize("name, start", [("p.svg", b"<?xml"), ("p.PDF", b"%PDF"), ("p.png", PNG)])

@@ -25,7 +25,7 @@ def table() -> dict:
 
 def test_the_default_recipe_stands_over_the_table_unless_model_or_token_files_are_named():
     recipe = settings.load_recipe(settings.DEFAULT_RECIPE)
-    for asked in ({}, {"text": "notes.txt"}, {"layers": 3}, {"init": ""}):
+    for asked in ({}, {"text": "notes.txt"}, {"layers": 3}, {"init": ""}, {"hellaswag": "h.bin"}):
         assert settings.base_settings(asked) == table() | recipe
     for asked in ({"init": "d12"}, {"train_data": "train_*.bin"}, {"init": "a.bin", "text": "notes.txt"}):
         assert settings.base_settings(asked) == table()
@@ -106,6 +106,10 @@ def test_relative_paths_count_from_the_recipe(tmp_path, monkeypatch):
     name = write(Path("sub/mine.toml"), 'train_data = "t_*.bin"\nval_data = "/v.bin"\ninit = "gpt2.bin"\n')
     assert settings.load_recipe(name) == {"train_data": "sub/t_*.bin", "val_data": "/v.bin", "init": "sub/gpt2.bin"}
     assert settings.load_recipe(write(Path("sub/mine.toml"), 'init = "d12"\n')) == {"init": "d12"}
+    name = write(Path("sub/mine.toml"), 'hellaswag = "h.bin"\n')
+    assert settings.load_recipe(name) == {"hellaswag": "sub/h.bin"}
+    settings.save_recipe(with_defaults(hellaswag="h.bin"), "recipe.toml")
+    assert tomllib.loads(Path("recipe.toml").read_text())["hellaswag"] == str(tmp_path / "h.bin")
     settings.save_recipe(with_defaults(text="notes.txt"), "recipe.toml")
     assert tomllib.loads(Path("recipe.toml").read_text())["text"] == str(tmp_path / "notes.txt")
 

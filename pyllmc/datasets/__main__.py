@@ -1,4 +1,4 @@
-"""`python -m pyllmc.datasets NAME`: make the token files of a dataset.
+"""`python -m pyllmc.datasets NAME`: make the token files of a dataset, or the evaluation file of HellaSwag.
 
 Calls the modules of the datasets, cli.py, and runs.py so as not to write into the folder of a training run.
 """
@@ -10,21 +10,22 @@ from collections.abc import Sequence
 
 from .. import runs
 from ..cli import ArgumentParser, run_main
-from . import shakespeare, text, tinyshakespeare, tinystories
+from . import hellaswag, shakespeare, text, tinyshakespeare, tinystories
 
 DATASETS = {
     "shakespeare": shakespeare,
     "tinyshakespeare": tinyshakespeare,
     "tinystories": tinystories,
+    "hellaswag": hellaswag,
     "text": text,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m pyllmc.datasets", description="Turn text into token files to train on.")
+    parser = ArgumentParser(prog="python -m pyllmc.datasets", description="Turn text into token files.")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in DATASETS.items():
-        module.add_options(names.add_parser(name, help=module.HELP, description=f"Token files of {module.HELP}."))
+        module.add_options(names.add_parser(name, help=module.HELP, description=f"The files of {module.HELP}."))
     args = parser.parse_args(argv)
     if runs.has_run(args.output):
         raise ValueError(f"{args.output}: is the folder of a training run; choose another --output")

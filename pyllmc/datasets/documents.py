@@ -8,8 +8,8 @@
 
 Documents without text are passed over. Line ends of plain text become line feeds; those inside JSON and Parquet stay.
 
-Called by text.py, and for what they share by common.py, tinyshakespeare.py and tinystories.py; calls files.py, and
-tokenizer.py for what ends a text.
+Called by text.py, and for what they share by common.py, tinyshakespeare.py, tinystories.py and hellaswag.py; calls
+files.py, and tokenizer.py for what ends a text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def read_documents(path: Path, field: str, report: Callable[[int], object]) -> I
     if suffix == ".parquet":
         return _read_parquet(path, field, report)
     if suffix in (".jsonl", ".ndjson"):
-        return _read_json_lines(path, field, report)
+        lines = read_json_lines(path, report)
+        return (Piece(text) for place, found in lines if (text := text_of_field(found, field, place)))
     return split_documents(read_text(path, report))
 
 
@@ -117,7 +118,8 @@ def split_documents(texts: Iterable[str]) -> Iterator[Piece]:
 # ---- JSON lines ------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(path: Path, field: str, report: Callable[[int], object]) -> Iterator[Piece]:
+def read_json_lines(path: Path, report: Callable[[int], object]) -> Iterator[tuple[str, object]]:
+    """Of each line that is not empty: what errors call it, and what it says. `report` and errors as above."""
     with open_regular(path) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE_BYTES + 1)
@@ -128,9 +130,7 @@ def _read_json_lines(path: Path, field: str, report: Callable[[int], object]) ->
             report(len(line))
             if line.strip():
                 place = f"{path}: line {number}"
-                text = text_of_field(parse_json(decode_utf8(line.rstrip(), place), place), field, place)
-                if text:
-                    yield Piece(text)
+                yield place, parse_json(decode_utf8(line.rstrip(), place), place)
 
 
 def decode_utf8(data: bytes | bytearray, place: str) -> str:

@@ -4,7 +4,7 @@ While it is loaded the file is called NAME.part; it gets its name when its size 
 there, from a run that was stopped, is gone on with where the server can do that (Range), and loaded anew where not. A
 server that is busy, or breaks off, is asked again.
 
-Called by tinyshakespeare.py and tinystories.py; calls requests, progress.py, files.py and logs.py.
+Called by tinyshakespeare.py, tinystories.py and hellaswag.py; calls requests, progress.py, files.py and logs.py.
 """
 
 from __future__ import annotations

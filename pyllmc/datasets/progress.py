@@ -1,6 +1,6 @@
 """How far the reading or loading of a large file is: a bar on a terminal, elsewhere a line on stderr every ten seconds.
 
-Called by download.py, text.py and tinystories.py; calls tqdm and, for the figures, logs.py.
+Called by download.py, text.py, tinystories.py, hellaswag.py and evaluate.py; calls tqdm and, for the figures, logs.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Self
 
 from tqdm import tqdm
 
-from ..logs import format_bytes, format_duration, format_share
+from ..logs import format_bytes, format_count, format_duration, format_share
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts bytes up to `total`; a context manager, at the end of which the bar goes. Short work shows nothing."""
+    """Counts bytes, or what `unit` names, up to `total`; a context manager, at the end of which the bar goes. Short
+    work shows nothing."""
 
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done = label, total, 0
+    def __init__(self, label: str, total: int, unit: str = "") -> None:
+        self._label, self._total, self._done, self._unit = label, total, 0, unit
         self._start = self._told = time.monotonic()
         self._first = 0
         self._bar: tqdm | None = None
@@ -29,8 +30,8 @@ class Progress:
             tqdm.monitor_interval = 0  # as in logs.py: its thread has nothing to do here
             size = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=total, desc=label, unit="B", unit_scale=True, leave=False, delay=0.5, ncols=size.columns,
-                nrows=size.lines,
+                total=total, desc=label, unit=f" {unit}" if unit else "B", unit_scale=True, leave=False, delay=0.5,
+                ncols=size.columns, nrows=size.lines,
             )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -47,11 +48,11 @@ class Progress:
             self._bar.n = self._bar.initial = done
 
     def advance(self, count: int) -> None:
-        """`count` bytes more."""
+        """`count` more."""
         self.reach(self._done + count)
 
     def reach(self, done: int) -> None:
-        """`done` bytes altogether."""
+        """`done` altogether."""
         count, self._done = done - self._done, done
         if self._bar is not None:
             self._bar.update(count)
@@ -63,7 +64,10 @@ class Progress:
         if sys.stderr is not None:
             left = format_duration((self._total - self._done) / speed) if speed else "?"
             print(
-                f"{self._label}: {format_share(self._done / max(1, self._total))} of {format_bytes(self._total)}, "
-                f"{format_bytes(speed)}/s, {left} left",
+                f"{self._label}: {format_share(self._done / max(1, self._total))} of {self._figure(self._total)}, "
+                f"{self._figure(speed)}/s, {left} left",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+    def _figure(self, count: float) -> str:
+        return f"{format_count(count)} {self._unit}" if self._unit else format_bytes(count)

@@ -1,0 +1,110 @@
+"""`python -m pyllmc.evaluate MODEL`: how good is a model? Validation loss over token files, and HellaSwag's accuracy.
+
+Both are what a training run reports: the loss is that of its validations with the same files, batch and context, and
+the accuracy that of its HellaSwag lines. The loss is a mean over predictions, each in nats; perplexity is its
+exponential, the number of equally likely tokens that would be as hard to guess among.
+
+Calls generate.py to find the model, model.py, dataloader.py, hellaswag.py, hardware.py, and datasets/progress.py for
+the bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import cli, hardware
+from .dataloader import DataLoader
+from .datasets.progress import Progress
+from .generate import find_model
+from .hellaswag import HellaSwag
+from .model import GPT2
+
+
+def validation_loss(model: GPT2, loader: DataLoader, num_batches: int) -> float:
+    """The mean loss of the next batches, in nats per token. ValueError if it is not finite."""
+    losses = []
+    with Progress("validation", num_batches * loader.B * loader.T, "tokens") as progress:
+        for _ in range(num_batches):
+            losses.append(float(model.loss(*loader.next_batch())))
+            progress.advance(loader.B * loader.T)
+    loss = math.fsum(losses) / len(losses)
+    if not math.isfinite(loss):
+        raise ValueError(f"the validation loss is {loss:g}: the model's training diverged, or its file is damaged")
+    return loss
+
+
+def describe_validation(model: GPT2, pattern: str, B: int, T: int, max_batches: int) -> str:
+    """The line of the validation loss over the files that `pattern` names."""
+    loader = DataLoader(pattern, B, T, vocab_size=model.config.vocab_size)
+    num_batches = min(max_batches or loader.num_batches, loader.num_batches)
+    loss = validation_loss(model, loader, num_batches)
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return (
+        f"validation loss {loss:.4f} nats per token, perplexity {perplexity:.2f}: {num_batches * B * T:,} of the "
+        f"{loader.num_tokens:,} tokens of {pattern}, {num_batches:,} batches of {B} x {T}"
+    )
+
+
+def describe_hellaswag(model: GPT2, hellaswag: HellaSwag) -> str:
+    """The line of HellaSwag's accuracy."""
+    right, total = 0, hellaswag.num_examples
+    with Progress("HellaSwag", total, "examples") as progress:
+        for answered, right_ones in hellaswag.answer(model):
+            right += right_ones
+            progress.advance(answered)
+    return f"HellaSwag {right}/{total} = {right / total:.4f}: {hellaswag.path}"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.ArgumentParser(
+        prog="python -m pyllmc.evaluate",
+        description="Measure a model that pyllmc or llm.c has trained: its loss on token files, its answers to "
+        "HellaSwag.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model file, or folder of a run")
+    parser.add_argument("--val", metavar="GLOB", help="token files to measure the loss on: a path or a pattern")
+    parser.add_argument(
+        "--hellaswag", type=Path, metavar="FILE", help="hellaswag_val.bin, which pyllmc.datasets hellaswag makes"
+    )
+    parser.add_argument("--batch-size", type=cli.positive_int, default=4, metavar="N", help="sequences in one batch")
+    parser.add_argument(
+        "--seq-len", type=cli.non_negative_int, default=0, metavar="N",
+        help="tokens of a sequence; 0 means the model's whole context",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-batches", type=cli.non_negative_int, default=0, metavar="N",
+        help="batches of --val, from the beginning; 0 means all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=cli.non_negative_int, default=0, metavar="N", help="CPU threads; 0 takes all there are"
+    )
+    args = parser.parse_args(argv)
+    if not args.val and not args.hellaswag:
+        parser.error("there is nothing to measure with: give --val, --hellaswag or both")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    path = find_model(args.model)
+    hardware.set_threads(args.threads)
+    model = GPT2.from_checkpoint(path)
+    config = model.config
+    T = args.seq_len or config.max_seq_len
+    if T > config.max_seq_len:
+        raise ValueError(f"--seq-len {T} is more than the model's context of {config.max_seq_len}")
+    # What is wrong with this file is told before the loss is computed, which takes its time.
+    hellaswag = HellaSwag(args.hellaswag, args.batch_size, T, config.vocab_size) if args.hellaswag else None
+    print(f"{path}: {config.num_parameters:,} parameters", flush=True)
+    if args.val:
+        print(describe_validation(model, args.val, args.batch_size, T, args.max_batches), flush=True)
+    if hellaswag is not None:
+        print(describe_hellaswag(model, hellaswag), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_main(main))
