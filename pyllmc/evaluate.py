@@ -62,10 +62,11 @@ def describe_hellaswag(model: GPT2, hellaswag: HellaSwag) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.ArgumentParser(
         prog="python -m pyllmc.evaluate",
-        description="Measure a model that pyllmc or llm.c has trained: its loss on token files, its answers to "
-        "HellaSwag.",
+        description="Measure a model: its loss on token files, its answers to HellaSwag.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model file, or folder of a run")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="model file, folder of a run or of a Hugging Face GPT-2, or gpt2"
+    )
     parser.add_argument("--val", metavar="GLOB", help="token files to measure the loss on: a path or a pattern")
     parser.add_argument(
         "--hellaswag", type=Path, metavar="FILE", help="hellaswag_val.bin, which pyllmc.datasets hellaswag makes"
