@@ -37,12 +37,16 @@ from llmc_program import Program  # noqa: E402
 # A benchmark of which all rounds would take longer than this gets fewer of them, but never fewer than a third.
 BUDGET_SECONDS = {"full": 90.0, "quick": 6.0, "tiny": 5.0}
 ROUNDS = {"full": 30, "quick": 10, "tiny": 2}
+# A shared machine changes its state for minutes at a time, so the rounds of a benchmark are spread over sweeps through
+# all of them. One that is over its budget lasts minutes by itself, and is played in the first sweep only.
+SWEEPS = {"full": 3, "quick": 2, "tiny": 1}
 MEMORY_GROUPS = ("long",)
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 30, 10 with --quick)")
+    parser.add_argument("--sweeps", type=int, help="in how many parts, minutes apart (default: 3, 2 with --quick)")
     parser.add_argument("--only", default="", metavar="GROUP,...", help="some groups; unknown names list all of them")
     parser.add_argument("--contestants", default="", metavar="NAME,...", help="some of them (default: all there are)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
@@ -64,13 +68,15 @@ def parse_arguments(argv=None):
     unknown = set(args.contestants) - set(known)
     if unknown:
         parser.error(f"--contestants: no {', '.join(sorted(unknown))} here; there are {', '.join(known)}")
-    if args.rounds is not None and args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
+    args.rounds = ROUNDS[args.suite] if args.rounds is None else args.rounds
+    args.sweeps = SWEEPS[args.suite] if args.sweeps is None else args.sweeps
+    if min(args.rounds, args.sweeps, args.threads) < 1:
+        parser.error("--rounds, --sweeps and --threads must be at least 1")
     return args
 
 
 class Match:
-    """All players, the benchmarks in order, and what came of them."""
+    """All players, the benchmarks in order, and what came of them: a record for each contestant of a benchmark."""
 
     def __init__(self, args):
         self.args = args
@@ -79,27 +85,36 @@ class Match:
         self.players = []
 
     def play(self):
+        entries = self.entries
+        for sweep in range(self.args.sweeps):
+            entries = self._sweep(sweep, entries)
+
+    def _sweep(self, sweep, entries):
+        """Plays one part of the rounds, with new processes; returns the benchmarks that have more to come."""
+        more = []
         try:
-            self._start()
-            for number, entry in enumerate(self.entries, 1):
+            self._start(entries)
+            for number, entry in enumerate(entries, 1):
                 start = time.monotonic()
-                line = self._play(entry)
-                seconds = time.monotonic() - start
-                where = f"[{number}/{len(self.entries)}, {seconds:.0f} s]"
+                line, whole = self._play(entry)
+                if not whole:
+                    more.append(entry)
+                where = f"[{sweep + 1}: {number}/{len(entries)}, {time.monotonic() - start:.0f} s]"
                 print(where, f"{entry.name}: {line}", file=sys.stderr, flush=True)
         finally:
-            for player in self.players:
-                player.finish()
+            while self.players:
+                self.players.pop().finish()
+        return more
 
-    def _start(self):
+    def _start(self, entries):
         arguments = ["--suite", self.args.suite, "--bench-threads", str(self.args.threads)]
         arguments += ["--only", ",".join(self.args.only)] if self.args.only else []
         for name in contestants.installed():
             wanted = not self.args.contestants or name in self.args.contestants
-            if wanted and any(contestants.takes_part(name, entry) for entry in self.entries):
+            if wanted and any(contestants.takes_part(name, entry) for entry in entries):
                 environment = contestants.environment(name, self.args.threads)
                 self.players.append(turns.Player(name, arguments, environment, self.args.timeout))
-        names = [entry.name for entry in self.entries if "llmc" in entry.others]
+        names = [entry.name for entry in entries if "llmc" in entry.others]
         if self.args.llmc and names:
             environment = contestants.environment("llmc", self.args.threads)
             self.players.append(Program("llmc", self.args.llmc, names, environment, self.args.timeout))
@@ -121,14 +136,17 @@ class Match:
         return None
 
     def _play(self, entry):
+        """What the contestants reached, and whether all rounds have been played."""
         seconds = {}
         for player in [player for player in self.players if entry.name in player.names]:
             taken = self._attempt(player, entry.name, player.prepare, entry.name)
             if taken is not None:
                 seconds[player] = taken
-        wanted = self.args.rounds or ROUNDS[self.args.suite]
+        wanted = self.args.rounds
         affordable = int(BUDGET_SECONDS[self.args.suite] / max(sum(seconds.values()), 1e-9))
+        whole = affordable < wanted // 3
         rounds = max(min(wanted, affordable), -(-wanted // 3))
+        rounds = rounds if whole else -(-rounds // self.args.sweeps)
         playing = [player for player in seconds if self._attempt(player, entry.name, begin, player, rounds)]
         for _ in range(rounds):
             for player in list(playing):
@@ -138,9 +156,18 @@ class Match:
         for player in playing:
             record = self._attempt(player, entry.name, player.end)
             if record is not None:
-                self.records.append(record)
-                best.append(f"{player.name} {targets.figure(record)}")
-        return ", ".join(best)
+                best.append(f"{player.name} {targets.figure(self._add(record))}")
+        return ", ".join(best), whole
+
+    def _add(self, record):
+        """Joins a record with that of the sweeps before; returns the whole."""
+        info = record["extra_info"]
+        for i, before in enumerate(self.records):
+            if all(before["extra_info"][key] == info[key] for key in ("benchmark", "contestant")):
+                self.records[i] = joined(before, record)
+                return self.records[i]
+        self.records.append(record)
+        return record
 
     def measure_memory(self):
         """The largest resident memory of a process that only does this benchmark, into the records of it."""
@@ -157,6 +184,21 @@ class Match:
             else:
                 why = (done.stderr.strip().splitlines() or ["without a word"])[-1]
                 self.errors.append((info["contestant"], f"memory of {info['benchmark']}", why))
+
+
+def joined(before, record):
+    """One record of two that pytest-benchmark made of the same benchmark."""
+    from pytest_benchmark.stats import Stats
+
+    stats = Stats()
+    for seconds in before["stats"]["data"] + record["stats"]["data"]:
+        stats.update(seconds)
+    # The number of calls in a round may differ; every time is that of one call.
+    kept = {key: value for key, value in before["stats"].items() if key not in Stats.fields}
+    info = before["extra_info"]
+    if "figures" in info:
+        info = info | {"figures": info["figures"] + record["extra_info"]["figures"]}
+    return before | {"stats": kept | stats.as_dict() | {"data": stats.data}, "extra_info": info}
 
 
 def begin(player, rounds):

@@ -92,6 +92,21 @@ def test_roofline_is_drawn(results, tmp_path):
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
 
 
+def test_sweeps_add_their_rounds(bench):
+    compare = bench("compare")
+    args = ["--suite", "tiny", "--only", "products", "--rounds", "4", "--sweeps", "2", "--threads", "1"]
+    match = compare.Match(compare.parse_arguments([*args, "--contestants", "cpu,fma"]))
+    match.entries = match.entries[:2]
+    match.play()
+    assert match.errors == [] and not match.players
+    who = [(record["extra_info"]["benchmark"], record["extra_info"]["contestant"]) for record in match.records]
+    assert who == [(entry.name, name) for entry in match.entries for name in ("cpu", "fma")]
+    for record in match.records:
+        stats = record["stats"]
+        assert stats["rounds"] == len(stats["data"]) == 4 and stats["min"] == min(stats["data"])
+        assert len(record["extra_info"].get("figures", [0] * 4)) == 4
+
+
 def test_a_contestant_that_dies_is_reported(bench, monkeypatch):
     compare = bench("compare")
     args = ["--suite", "tiny", "--only", "import,products", "--rounds", "2", "--threads", "1"]
