@@ -166,6 +166,24 @@ def test_tied_embedding_gradient_is_added(cpu, accumulate):
     np.testing.assert_array_equal(dwpe[:, 0], [11.0, 11.0, 11.0, 10.0] if accumulate else [1.0, 1.0, 1.0, 0.0])
 
 
+def test_embedding_gradient_of_a_table_beyond_the_caches(cpu):
+    """Rows that occur once or never are then written past the caches; those of a small table are not."""
+    V, C = 4 * 2**20 // 64, 64
+    tokens = np.array([[5, V - 1, 7, 5], [9, 5, 0, 9]], np.int32)
+    dout, wpe = normal(2, 4, C), np.zeros((4, C), np.float32)
+    dwte, dwpe = cpu.empty((V, C)), cpu.empty((4, C))
+    dwte[...] = np.nan
+    cpu.encoder_backward(dout, tokens, np.zeros((V, C), np.float32), wpe, dwte=dwte, dwpe=dwpe)
+    near = np.where(tokens == V - 1, 1, tokens)
+    small, small_dwpe = cpu.encoder_backward(dout, near, np.zeros((10, C), np.float32), wpe)
+    occur = [0, 5, 7, 9]
+    np.testing.assert_array_equal(dwte[occur], small[occur])
+    np.testing.assert_array_equal(dwte[V - 1], dout[0, 1])
+    np.testing.assert_array_equal(dwpe, small_dwpe)
+    rest = np.delete(np.arange(V), [*occur, V - 1])
+    assert not dwte[rest].any()
+
+
 def test_padding_rows_of_the_classifier_get_no_gradient(cpu):
     call = cases.make(cases.Case("classifier_forward_backward", (("leading", (9,)), ("C", 8), ("V", 5), ("Vp", 8))))
     assert (compare.run(cpu, call)["dweight"][5:] == 0).all()

@@ -1,13 +1,20 @@
 # Token and position embedding: the first thing a step does, and, backward, the last.
 
+cdef enum:
+    STREAMED = 4194304  # floats of a table that no cache holds: what is written once goes past the caches
+
+
 cdef void encode_row(const int32_t* tokens, const float* wte, const float* wpe, float* out, Py_ssize_t row,
-                     Py_ssize_t T, Py_ssize_t C) noexcept nogil:
+                     Py_ssize_t rows, Py_ssize_t T, Py_ssize_t C) noexcept nogil:
     cdef const float* token = wte + <Py_ssize_t> tokens[row] * C
     cdef const float* position = wpe + row % T * C
+    # the rows lie anywhere: no processor guesses the next one
+    cdef const float* ahead = wte + <Py_ssize_t> tokens[smaller(row + 2, rows - 1)] * C
     cdef Py_ssize_t j = 0, n
     out += row * C
     while j < C:
         n = smaller(W, C - j)
+        prefetch(ahead + j)
         store_some(out + j, vadd(load_some(token + j, n), load_some(position + j, n)), n)
         j += W
 
@@ -32,11 +39,12 @@ cdef void sort_rows(const int32_t* tokens, Py_ssize_t rows, Py_ssize_t V, int32_
     start[0] = 0
 
 
-cdef void scatter_strip(const float* dout, const int32_t* tokens, const int32_t* order, float* dwte, float* dwpe,
-                        Py_ssize_t rows, Py_ssize_t T, Py_ssize_t C, Py_ssize_t first, Py_ssize_t stop,
-                        bint add_wte) noexcept nogil:
+cdef void scatter_strip(const float* dout, const int32_t* tokens, const int32_t* start, const int32_t* order,
+                        float* dwte, float* dwpe, Py_ssize_t rows, Py_ssize_t T, Py_ssize_t C, Py_ssize_t first,
+                        Py_ssize_t stop, bint add_wte, bint stream) noexcept nogil:
     """All rows for some channels, by token: a row of dwte is written when it is first met, and near when met again."""
     cdef Py_ssize_t i, j, n, row, last = -1, ahead
+    cdef bint once
     cdef vfloat x
     cdef float* token
     cdef float* position
@@ -44,19 +52,34 @@ cdef void scatter_strip(const float* dout, const int32_t* tokens, const int32_t*
         row = order[i]
         token = dwte + <Py_ssize_t> tokens[row] * C
         position = dwpe + row % T * C
-        ahead = order[smaller(i + 3, rows - 1)]     # the rows lie anywhere: no processor guesses the next one
+        ahead = order[smaller(i + 3, rows - 1)]
+        once = stream and start[tokens[row] + 1] - start[tokens[row]] == 1
         j = first
         while j < stop:
             n = smaller(W, stop - j)
             prefetch(dout + ahead * C + j)
-            prefetch(dwte + <Py_ssize_t> tokens[ahead] * C + j)
             x = load_some(dout + row * C + j, n)
             store_some(position + j, vadd(load_some(position + j, n), x), n)
+            if once:
+                vstream(token + j, x)
+                j += W
+                continue
+            prefetch(dwte + <Py_ssize_t> tokens[ahead] * C + j)
             if add_wte or tokens[row] == last:
                 x = vadd(load_some(token + j, n), x)
             store_some(token + j, x, n)
             j += W
         last = tokens[row]
+
+
+cdef void zero_row(float* row, Py_ssize_t C, bint stream) noexcept nogil:
+    cdef Py_ssize_t j = 0
+    if not stream:
+        memset(row, 0, C * sizeof(float))
+        return
+    while j < C:
+        vstream(row + j, vset1(0.0))
+        j += W
 
 
 def encoder_forward(tokens, wte, wpe, *, out=None):
@@ -82,7 +105,7 @@ def encoder_forward(tokens, wte, wpe, *, out=None):
     arrays.done()
     cdef int t = team(<double> rows * C, rows)
     for row in prange(rows, nogil=True, num_threads=t, schedule="static"):
-        encode_row(ids, table, positions, y, row, T, C)
+        encode_row(ids, table, positions, y, row, rows, T, C)
     return out
 
 
@@ -123,14 +146,16 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
     sort_rows(ids, rows, V, start, order)
     if not add:
         memset(position, 0, product(wpe_shape) * sizeof(float))
+    cdef bint stream = not add_wte and V * C >= STREAMED and C % W == 0 and <size_t> token % (W * sizeof(float)) == 0
     cdef int t = team(<double> rows * C, ceil_div(C, LINE))
     width = round_up(ceil_div(C, t), LINE)
     with nogil, parallel(num_threads=t):
         for item in prange(ceil_div(C, width), schedule="static"):
-            scatter_strip(dy, ids, order, token, position, rows, T, C, item * width, smaller(C, (item + 1) * width),
-                          add_wte)
+            scatter_strip(dy, ids, start, order, token, position, rows, T, C, item * width,
+                          smaller(C, (item + 1) * width), add_wte, stream)
         if not add_wte:
             for item in prange(V, schedule="static"):
                 if start[item] == start[item + 1]:
-                    memset(token + item * C, 0, C * sizeof(float))
+                    zero_row(token + item * C, C, stream)
+        vstream_end()
     return dwte, dwpe

@@ -59,6 +59,8 @@ VINLINE vfloat vscale2(vfloat x, vfloat n) { return (vfloat)_mm512_scalef_ps((__
 VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
 VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm512_min_ps((__m512)a, (__m512)b); }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)_mm512_sqrt_ps((__m512)a); }
+VINLINE void vstream(float *p, vfloat v) { _mm512_stream_ps(p, (__m512)v); }
+VINLINE void vstream_end(void) { _mm_sfence(); }
 VINLINE __mmask16 lanes(Py_ssize_t n) { return (__mmask16)((1u << n) - 1); }
 VINLINE vfloat vload_n(const float *p, Py_ssize_t n) { return (vfloat)_mm512_maskz_loadu_ps(lanes(n), p); }
 VINLINE void vstore_n(float *p, vfloat v, Py_ssize_t n) { _mm512_mask_storeu_ps(p, lanes(n), (__m512)v); }
@@ -74,6 +76,8 @@ VINLINE vdouble vfma_wide(vdouble a, vdouble b, vdouble c)
 VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm256_max_ps((__m256)a, (__m256)b); }
 VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm256_min_ps((__m256)a, (__m256)b); }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)_mm256_sqrt_ps((__m256)a); }
+VINLINE void vstream(float *p, vfloat v) { _mm256_stream_ps(p, (__m256)v); }
+VINLINE void vstream_end(void) { _mm_sfence(); }
 VINLINE __m256i lanes(Py_ssize_t n)
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -89,6 +93,8 @@ VINLINE vfloat vfma(vfloat a, vfloat b, vfloat c) { return a * b + c; } /* SSE2 
 VINLINE vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm_max_ps((__m128)a, (__m128)b); }
 VINLINE vfloat vmin(vfloat a, vfloat b) { return (vfloat)_mm_min_ps((__m128)a, (__m128)b); }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)_mm_sqrt_ps((__m128)a); }
+VINLINE void vstream(float *p, vfloat v) { _mm_stream_ps(p, (__m128)v); }
+VINLINE void vstream_end(void) { _mm_sfence(); }
 #else
 VINLINE vfloat vset1(float x) { return (vfloat)vdupq_n_f32(x); }
 VINLINE vfloat vfma(vfloat a, vfloat b, vfloat c)
@@ -105,6 +111,8 @@ VINLINE vfloat vmin(vfloat a, vfloat b)
     return (vfloat)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)a, (float32x4_t)b);
 }
 VINLINE vfloat vsqrt(vfloat a) { return (vfloat)vsqrtq_f32((float32x4_t)a); }
+VINLINE void vstream(float *p, vfloat v) { *(vfloat *)p = v; } /* nothing on aarch64 promises more */
+VINLINE void vstream_end(void) {}
 #endif
 VINLINE vdouble vfma_wide(vdouble a, vdouble b, vdouble c) { return a * b + c; }
 VINLINE vfloat vload_n(const float *p, Py_ssize_t n)

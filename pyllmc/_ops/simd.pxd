@@ -14,6 +14,8 @@ cdef extern from "simd.h" nogil:
     vfloat vset1(float x) noexcept
     vfloat vload(const float* p) noexcept
     void vstore(float* p, vfloat v) noexcept
+    void vstream(float* p, vfloat v) noexcept           # past the caches; p is a multiple of sizeof(vfloat)
+    void vstream_end() noexcept                         # by the thread that streamed, before any other reads
     void prefetch(const float* p) noexcept
     void prefetch_l2(const float* p) noexcept
     vfloat vload_n(const float* p, Py_ssize_t n) noexcept               # the first n < W lanes, 0 in the others
