@@ -2,8 +2,10 @@
 
 A run script of llm.c works here with its first word replaced: FLAGS maps each flag onto a setting of `pyllmc.train`,
 whose settings, loop, files and messages are those that one finds there. A flag that only says how a GPU should go about
-its work is taken where the result is the same; one that cannot be honoured is an error, never ignored. As with llm.c a
-run that goes on may be given other flags, another learning rate or more steps; its folder's recipe follows them.
+its work, or what to tell of itself, is taken where the result is the same; one that cannot be honoured is an error,
+never ignored. As with llm.c a run that goes on may be given other flags, another learning rate or more steps; its
+folder's recipe follows them. Unlike llm.c's it ends after ten updates in a row that had to be left out, for -sl, -sg or
+because they were not finite.
 
 Without -o nothing is kept, as with llm.c: the run works in a temporary folder and writes no checkpoint. Calls train.py,
 settings.py, prepare.py for the request, and runs.py.
@@ -30,7 +32,8 @@ HELLASWAG_FILE = "dev/data/hellaswag/hellaswag_val.bin"
 @dataclass(frozen=True)
 class Flag:
     """One flag of llm.c: its default there, the setting it gives, and what becomes of its value on the way. Without a
-    setting, `takes` are the values that can be honoured, and `because` says why no others, or why all the same."""
+    setting, `takes` are the values that can be honoured, all if it is empty, and `because` says why no others, or why
+    all the same."""
 
     default: Value
     help: str
@@ -63,8 +66,6 @@ def _never_is_minus_1(text: str) -> str:
 
 
 _SEVERAL = "training runs in one process"
-_OUTLIERS = "updates with outlying losses or gradients are not skipped yet"
-_GPU = "there is no GPU to tell of"
 
 FLAGS = {
     "i": Flag("dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "token files to train on (pattern)", "train_data"),
@@ -95,11 +96,11 @@ FLAGS = {
     "ge": Flag(
         -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
     ),
-    "lg": Flag(-1, "steps between lines about the GPU", takes=("-1",), because=_GPU),
+    "lg": Flag(-1, "steps between lines about the GPU", because="they change no result, and there is no GPU"),
     "h": Flag(0, "1 measures HellaSwag; -h alone prints this help", "hellaswag", _file_of_hellaswag),
-    "sl": Flag(0.0, "z-score of the loss above which an update is skipped", takes=("0",), because=_OUTLIERS),
-    "sg": Flag(0.0, "the same of the gradient's norm", takes=("0",), because=_OUTLIERS),
-    "z": Flag(0, "ZeRO stage", takes=("0",), because=_SEVERAL),
+    "sl": Flag(0.0, "z-score of the loss above which an update is skipped; 0 means none", "skip_loss_z"),
+    "sg": Flag(0.0, "the same of the gradient's norm", "skip_norm_z"),
+    "z": Flag(0, "ZeRO stage", takes=("0", "1"), because=f"{_SEVERAL}, where 1 is the same as 0"),
     "pn": Flag(1, "number of processes", takes=("1",), because=_SEVERAL),
     "pr": Flag(0, "rank of this process", takes=("0",), because=_SEVERAL),
     "pg": Flag(8, "GPUs of a machine", takes=("1", "8"), because=_SEVERAL),
@@ -162,7 +163,7 @@ def read_flags(argv: Sequence[str] | None) -> tuple[dict[str, Value], bool]:
         flag = FLAGS[letters]
         if not text and flag.default:
             parser.error(f"-{letters}: expected a value, got an empty one")
-        if not flag.setting and not any(_same(text, value) for value in flag.takes):
+        if not flag.setting and flag.takes and not any(_same(text, value) for value in flag.takes):
             reason = f", because {flag.because}" if flag.because else ""
             parser.error(f"-{letters} {text} ({flag.help}) cannot be honoured{reason}; {' or '.join(flag.takes)} can")
     settings = {}

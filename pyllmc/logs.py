@@ -9,6 +9,7 @@ plot.py. Figures are written the same way everywhere by the `format_` functions.
 """
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -59,6 +60,11 @@ def format_duration(seconds: float) -> str:
 def format_share(share: float) -> str:
     """`41%`, `0.3%`."""
     return f"{share:.0%}" if share >= 0.0095 else f"{share:.1%}"
+
+
+def _z(z: float) -> str:
+    """A z-score behind its number, if it has one."""
+    return "" if math.isnan(z) else f" (z {z:+.2f})"
 
 
 def aligned(rows: list[tuple[str, str]]) -> str:
@@ -237,9 +243,11 @@ class Console:
             )  # fmt: skip
 
     def step(
-        self, done: int, loss: float, norm: float, learning_rate: float, seconds: float, pace: Pace, peak: float
-    ) -> None:
-        """Step number `done`, counted from 1, gave these figures. `peak` is the machine's in GFLOP/s."""
+        self, done: int, loss: float, norm: float, learning_rate: float, seconds: float, pace: Pace, peak: float,
+        loss_z: float = math.nan, norm_z: float = math.nan,
+    ) -> None:  # fmt: skip
+        """Step number `done`, counted from 1, gave these figures. `peak` is the machine's in GFLOP/s; z-scores that
+        are nan are not shown."""
         speed = f"{format_count(pace.tokens_per_second)} tok/s"
         left = f"{format_duration(pace.seconds_left(done))} left"
         if self._bar is not None:
@@ -248,8 +256,9 @@ class Console:
             self._guarded(self._bar.update)
         elif done % self.log_every == 0 or done in (1, self.total):
             self.line(
-                f"{self.label(done)} | loss {loss:.4f} | norm {norm:7.4f} | lr {learning_rate:.2e} | "
-                f"{seconds * 1000:.1f} ms | {speed} | {format_share(pace.gflops / peak)} of peak | {left}"
+                f"{self.label(done)} | loss {loss:.4f}{_z(loss_z)} | norm {norm:7.4f}{_z(norm_z)} | "
+                f"lr {learning_rate:.2e} | {seconds * 1000:.1f} ms | {speed} | "
+                f"{format_share(pace.gflops / peak)} of peak | {left}"
             )
 
     def activity(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """AdamW over the model's flat buffers, and gradient clipping.
 
-Called by train.py after forward_backward, and by prepare.py and verify.py; calls the ops adamw_update and global_norm,
-and hardware.py and tensors.py.
+Called by train.py after forward_backward, by prepare.py and verify.py, and by settings.py for its checks; calls the ops
+adamw_update and global_norm, and hardware.py and tensors.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from .model import GPT2
 from .tensors import FLOAT_BYTES, TENSORS, tensor_shapes
 
 DECAYED_KINDS = {"matrices": ("matrix", "embedding"), "all": ("matrix", "embedding", "norm", "bias")}
+# The ops compute in float32, where less is 0, and 0 / (0 + 0) is no number.
+SMALLEST_EPS = 2.0**-149
 
 
 class AdamW:
@@ -38,7 +40,7 @@ class AdamW:
         _check_number("learning_rate", learning_rate, learning_rate >= 0)
         _check_number("beta1", beta1, 0 <= beta1 < 1)
         _check_number("beta2", beta2, 0 <= beta2 < 1)
-        _check_number("eps", eps, eps > 0)
+        _check_number("eps", eps, eps >= SMALLEST_EPS)
         _check_number("weight_decay", weight_decay, weight_decay >= 0)
         if decay not in DECAYED_KINDS:
             raise ValueError(f"AdamW: decay must be one of {', '.join(DECAYED_KINDS)}, got {decay!r}")

@@ -30,6 +30,7 @@ from .huggingface import HUB_NAMES, find_folder
 from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
 from .model import GPT2, model_folder, model_format
 from .optimizer import AdamW
+from .outliers import WINDOW, Guard
 from .settings import GEOMETRY, Settings, flag, is_path
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
@@ -64,6 +65,7 @@ class Run:
     hellaswag: HellaSwag | None
     model: GPT2
     optimizer: AdamW
+    guard: Guard
     batches_per_step: int
     num_steps: int
     start: int
@@ -71,13 +73,17 @@ class Run:
     pace: Pace
     peak: float
     free_memory: int | None
-    skipped_in_a_row: int = 0
     validation_loss: float = math.nan
 
     @property
     def num_val_batches(self) -> int:
         """Batches in one validation."""
         return _num_val_batches(self.settings, self.val_loader)
+
+    @property
+    def extra(self) -> dict:
+        """What a checkpoint keeps beside model and training state, so that the run goes on bit for bit."""
+        return {"detector": self.guard.state_dict()}
 
     @property
     def unit(self) -> str:
@@ -258,6 +264,15 @@ def _load_model(checkpoint: Checkpoint, config: GPT2Config) -> GPT2:
     return model
 
 
+def _load_extra(checkpoint: Checkpoint, extra: dict, guard: Guard) -> None:
+    """Takes up Run.extra where the checkpoint has it: llm.c's have nothing of the kind."""
+    if "detector" in extra:
+        try:
+            guard.load_state_dict(extra["detector"])
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.done_path}: detector: {error}") from None
+
+
 def prepare(request: Request) -> Run:
     """Data, model and optimizer: new, or from the newest checkpoint in the folder, which the caller has claimed."""
     settings, folder = request.settings, request.folder
@@ -284,9 +299,13 @@ def prepare(request: Request) -> Run:
         model = GPT2.from_checkpoint(path)
     else:
         model = GPT2(config, settings.seed)
-    optimizer = AdamW(model, settings.learning_rate, settings.beta1, settings.beta2, weight_decay=settings.weight_decay)
+    optimizer = AdamW(
+        model, settings.learning_rate, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
+        settings.decay,
+    )  # fmt: skip
+    guard = Guard(settings.skip_loss_z, settings.skip_norm_z)
     if checkpoint is not None:
-        load_checkpoint(checkpoint, optimizer, train_loader)
+        _load_extra(checkpoint, load_checkpoint(checkpoint, optimizer, train_loader), guard)
         if checkpoint.step > num_steps:
             raise ValueError(f"{checkpoint.model_path}: is beyond the run's last step, {num_steps}")
     # Another process may take its share for a moment: of two measurements the better one is the machine's.
@@ -294,9 +313,9 @@ def prepare(request: Request) -> Run:
     pace = _measure_pace(settings, model, train_loader, val_loader, hellaswag, batches_per_step, num_steps)
     peak = max(peak, hardware.peak_gflops(0.1))
     return Run(
-        settings, folder, tokenizer, train_loader, val_loader, hellaswag, model, optimizer, batches_per_step,
-        num_steps, checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace, peak,
-        free_memory,
+        settings, folder, tokenizer, train_loader, val_loader, hellaswag, model, optimizer, guard,
+        batches_per_step, num_steps, checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace,
+        peak, free_memory,
     )  # fmt: skip
 
 
@@ -374,5 +393,8 @@ def print_plan(run: Run) -> None:
     }
     if run.start:
         rows["resumed"] = f"{run.start:,} steps are done"
+        if run.guard.blind:
+            first = run.start + WINDOW + 1
+            rows["resumed"] += f"; their losses are not known, so there are no z-scores before step {first:,}"
     run.console.line(printable(aligned(list(rows.items())), keep="\n"))
     run.console.line()

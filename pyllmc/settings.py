@@ -4,7 +4,7 @@ A run's settings are the table's values, which are llm.c's, overridden by a reci
 user's), overridden by the command line. Between the table and those stands the default recipe, unless they name a model
 or token files to start from. The run's folder keeps all of them as `recipe.toml`, which is itself a recipe and what
 `--resume` reads. Called by train.py, prepare.py, runs.py and llmc.py; calls cli.py and
-schedules.py for the checks, huggingface.py for its names, and files.py.
+schedules.py and optimizer.py for the checks, huggingface.py for its names, and files.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from . import cli
 from .files import atomic_write, open_regular
 from .huggingface import HUB_NAMES
+from .optimizer import DECAYED_KINDS, SMALLEST_EPS
 from .schedules import SCHEDULES
 from .tokenizer import KINDS
 
@@ -49,6 +50,14 @@ def _below_one(text: str) -> float:
     number = cli.fraction(text)
     if number == 1:
         raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text}")
+    return number
+
+
+def _eps(text: str) -> float:
+    """A number that is above 0 in float32 too, in which AdamW divides by it where the gradient is 0."""
+    number = cli.positive_float(text)
+    if number < SMALLEST_EPS:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {SMALLEST_EPS:g}, got {text}")
     return number
 
 
@@ -109,12 +118,26 @@ class Settings:
     final_lr_fraction: float = option(
         cli.fraction, "the last learning rate, as a fraction of the peak", 1.0, metavar="X"
     )
-    weight_decay: float = option(cli.non_negative_float, "AdamW's decay of the matrices", 0.0, metavar="X")
+    weight_decay: float = option(cli.non_negative_float, "AdamW's decay", 0.0, metavar="X")
+    decay: str = option(
+        str, "what decays: the matrices, embeddings among them, or all parameters", "matrices",
+        choices=tuple(DECAYED_KINDS),
+    )  # fmt: skip
     beta1: float = option(_below_one, "AdamW's memory of the gradient", 0.9, metavar="X")
     beta2: float = option(_below_one, "AdamW's memory of its square", 0.95, metavar="X")
+    eps: float = option(_eps, "AdamW divides by the root of the square plus this", 1e-8, metavar="X")
     grad_clip: float = option(
         cli.non_negative_float, "scale gradients down to this norm; 0 leaves them alone", 1.0, metavar="X"
     )
+    skip_loss_z: float = option(
+        cli.non_negative_float, "skip an update whose loss has a higher z-score than this: standard deviations above "
+        "the mean of the last 128 steps, 11.26 at most; 0 skips none", 0.0, metavar="X",
+    )  # fmt: skip
+    skip_norm_z: float = option(cli.non_negative_float, "the same for the norm of the gradients", 0.0, metavar="X")
+    max_skipped: int = option(
+        _count, "end the run after so many skipped updates in a row, for this or because the loss or the gradient was "
+        "not finite", 10, result=False,
+    )  # fmt: skip
     shuffle: bool = option(bool, "take the data in a random order, as llm.c draws it", True)
     scatter_rows: bool = option(bool, "draw every sequence of a batch by itself, not the batch as one piece", False)
     overfit: bool = option(bool, "train on the first batch again and again: a check, the loss must go to 0", False)

@@ -53,9 +53,6 @@ from .settings import (
     save_recipe,
 )
 
-# A step whose loss or gradient is not a number is left out; after this many in a row the run is beyond help.
-MAX_SKIPPED_IN_A_ROW = 10
-
 
 class Stop:
     """While the block runs, SIGINT, SIGTERM and SIGHUP only ask to stop, once; a second one acts as usual."""
@@ -146,7 +143,7 @@ def _loop(run: Run, log: MainLog, stop: Stop) -> int:
             _show_sample(run, step, stopping)
         ends = step == last or stopping()
         # After a skipped update the parameters are suspect: the checkpoint from before it stays the newest for now.
-        due = step > 0 and _due(step, settings.checkpoint_every, last) and not run.skipped_in_a_row
+        due = step > 0 and _due(step, settings.checkpoint_every, last) and not run.guard.in_a_row
         if step == last and not stopping():
             _check_end(run)
         if step != saved and (due or ends) and settings.checkpoint_every >= 0:
@@ -209,7 +206,7 @@ def _show_sample(run: Run, step: int, stopping: Callable[[], bool]) -> None:
 def _check_end(run: Run) -> None:
     """ValueError if what the last update left is no trained model; before it is saved."""
     problem = None
-    if run.skipped_in_a_row:
+    if run.guard.diverged:
         problem = "the loss or gradient of the last update was not finite"
     elif run.val_loader and not math.isfinite(run.validation_loss):
         problem = f"the validation loss is {run.validation_loss:g}"
@@ -229,16 +226,16 @@ def _save(run: Run, step: int) -> None:
         raise ValueError(
             f"step {step}: training diverged: the norm of the parameters is {norm:g}; {_what_is_left(run)}"
         )
-    checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader)
-    if not run.skipped_in_a_row:
+    checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader, run.extra)
+    if not run.guard.in_a_row:
         remove_old_checkpoints(run.folder, run.settings.keep_checkpoints, run.settings.keep_every)
     run.pace.pause("checkpoint", run.settings.checkpoint_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | checkpoint {checkpoint.model_path}")
 
 
 def _update(run: Run, step: int, log: MainLog) -> None:
-    """Update number `step`: its batches, their gradients, the norm, AdamW. A loss or norm that is not finite leaves the
-    parameters as they are; ValueError after too many of them in a row."""
+    """Update number `step`: its batches, their gradients, the norm, AdamW. A loss or norm that is not finite, or stands
+    out, leaves the parameters as they are; ValueError after too many of them in a row."""
     settings, console = run.settings, run.console
     begin = time.perf_counter()
     if settings.overfit:
@@ -259,23 +256,22 @@ def _update(run: Run, step: int, log: MainLog) -> None:
         total=run.num_steps,
         final_fraction=settings.final_lr_fraction,
     )
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        run.optimizer.step(rate, grad_scale=clip_scale(norm, settings.grad_clip) if settings.grad_clip else 1.0)
-    else:
+    verdict = run.guard.judge(loss, norm)
+    if verdict.reason:
         # AdamW's time goes on, as in llm.c: it is that of the step, not of the updates made.
         run.optimizer.step_count += 1
+    else:
+        run.optimizer.step(rate, grad_scale=clip_scale(norm, settings.grad_clip) if settings.grad_clip else 1.0)
     seconds = time.perf_counter() - begin
-    run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
     log.train(step, loss, rate, norm)
     run.pace.step(seconds)
-    console.step(step + 1, loss, norm, rate, seconds, run.pace, run.peak)
-    if not finite:
-        console.line(f"{console.label(step + 1)} | update skipped: loss {loss:g}, gradient norm {norm:g}")
-    if run.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+    console.step(step + 1, loss, norm, rate, seconds, run.pace, run.peak, verdict.loss_z, verdict.norm_z)
+    if verdict.reason:
+        console.line(f"{console.label(step + 1)} | update skipped: {verdict.reason}")
+    if run.guard.in_a_row >= settings.max_skipped:
         raise ValueError(
-            f"step {step + 1}: loss or gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, so training "
-            f"stops; {_what_is_left(run)}"
+            f"step {step + 1}: the updates of {run.guard.in_a_row} steps in a row were skipped (this one: "
+            f"{verdict.reason}), so training stops; {_what_is_left(run)}"
         )
 
 
@@ -315,14 +311,15 @@ def _train(run: Run, request: Request) -> int:
             done = _loop(run, log, stop)
     if console.lost is not None and stop.signal is None:
         raise console.lost
-    keeps = run.settings.checkpoint_every >= 0
+    keeps, skipped = run.settings.checkpoint_every >= 0, run.guard.skipped
+    skips = f"; {skipped:,} update{'s' * (skipped > 1)} skipped" if skipped else ""
     if stop.signal is not None:
         to_go_on = f"to go on:  {_command('train', '--out', folder, '--resume')}" if keeps else "nothing was saved"
-        console.line(f"\nstopped after step {done}; {to_go_on}")
+        console.line(f"\nstopped after step {done}{skips}; {to_go_on}")
         return stop.exit_code
     seconds = format_duration(time.perf_counter() - begin)
     losses = f": validation loss {run.validation_loss:.4f} nats per {run.unit}" if run.val_loader else ""
-    console.line(f"done in {seconds}{losses}")
+    console.line(f"done in {seconds}{losses}{skips}")
     if request.temporary:
         return 0
     try:

@@ -21,7 +21,7 @@ LAYERS = {
     "the package": "pyllmc",
     PROGRAMS: "llmc train generate evaluate convert verify plot __main__ datasets.__main__",
     "what a run needs": "prepare runs settings datasets",
-    "what is computed, and its files": "model optimizer schedules hellaswag checkpoint dataloader ops "
+    "what is computed, and its files": "model optimizer schedules outliers hellaswag checkpoint dataloader ops "
     "modelfile statefile huggingface",
     "tokens": "tokenizer tokenfile evalfile",
     "ground": "config tensors rng files floats safetensors hardware logs cli",

@@ -49,10 +49,12 @@ def test_defaults_are_llm_c_s():
         "batch_size": 4, "seq_len": 1024, "total_batch_size": 0, "max_steps": 0, "schedule": "cosine",
         "learning_rate": 3e-4, "warmup": 0, "final_lr_fraction": 1.0, "weight_decay": 0.0, "val_every": 20,
         "val_batches": 20, "sample_every": 20, "sample_length": 63, "overfit": False,
+        "skip_loss_z": 0.0, "skip_norm_z": 0.0,
     }  # fmt: skip
     # What has no flag there is what llm.c does.
     rest = Settings(**settings)
-    assert (rest.beta1, rest.beta2, rest.grad_clip, rest.seed) == (0.9, 0.95, 1.0, 42)
+    assert (rest.beta1, rest.beta2, rest.eps, rest.decay) == (0.9, 0.95, 1e-8, "matrices")
+    assert (rest.grad_clip, rest.seed) == (1.0, 42)
     assert rest.shuffle and not rest.scatter_rows and rest.sample_temperature == 1.0
 
 
@@ -60,7 +62,7 @@ def test_every_flag_of_llm_c_is_there():
     flags = "i j e o lg n nk nm y b t d x k l u q c sl sg v m s g h a f w ge z r pn pr pg pi ps pf".split()
     assert sorted(llmc.FLAGS) == sorted(flags)
     for flag in llmc.FLAGS.values():
-        assert (flag.setting in FIELDS) != bool(flag.takes)
+        assert flag.setting in FIELDS if flag.setting else flag.takes or flag.because
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_every_flag_of_llm_c_is_there():
         ("-l 0.0006", "learning_rate", 6e-4), ("-u 700", "warmup", 700), ("-q 0.1", "final_lr_fraction", 0.1),
         ("-c 0.1", "weight_decay", 0.1), ("-v 250", "val_every", 250), ("-m -1", "val_batches", 0),
         ("-m 5", "val_batches", 5), ("-s 0", "sample_every", 0), ("-g 144", "sample_length", 143),
+        ("-sl 7", "skip_loss_z", 7.0), ("-sg 2.5", "skip_norm_z", 2.5),
         ("-a 1", "overfit", True), ("-h 1", "hellaswag", "dev/data/hellaswag/hellaswag_val.bin"),
     ],
 )  # fmt: skip
@@ -96,10 +99,12 @@ def test_overfitting_is_on_the_validation_data():
         "-w 0",
         "-ge 2",
         "-lg -1",
+        "-lg 10",
         "-h 0",
         "-sl 0",
         "-sg 0.00",
         "-z 0",
+        "-z 1",
         "-pn 1",
         "-pi mpi",
     ],
@@ -111,9 +116,9 @@ def test_what_gives_the_same_result_is_taken(flags):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("-h 2", "0 or 1"), ("-z 1", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
-        ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl 7", "not skipped"),
-        ("-sg 7", "not skipped"), ("-r 2", "recompute"), ("-lg 10", "GPU"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
+        ("-h 2", "0 or 1"), ("-z 2", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
+        ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl -1", "at least 0"),
+        ("-sg nan", "number"), ("-r 2", "recompute"), ("-lg", "-lg"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
         ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),
         ("-a 2", "0, 1"), ("-g x", "whole number"), ("-i ", "empty"), ("-e ", "empty"),
         ("-n -5", "at least 0"), ("-Q 1", "-Q"), ("-b", "-b"), ("word", "word"), ("-d -2", "-d"),
@@ -212,10 +217,22 @@ def test_a_run_of_llm_c_is_taken_over(capsys):
     assert "not from a training run" in capsys.readouterr().err
     assert sorted(os.listdir("log")) == before
     assert run("-o", "log", "-n", "2", "-y", "1") == 0
-    assert "2 steps are done" in capsys.readouterr().out
+    assert "2 steps are done\n" in capsys.readouterr().out
     assert np.array_equal(*(modelfile.read_model(f"{folder}/model_00000004.bin")[1] for folder in ("log", "whole")))
     assert Path("log/main.log").read_text().startswith("s:0 tel:9.9999\n")
     assert Path("log/tokenizer.bin").read_bytes() == Path("data/tokenizer.bin").read_bytes()
+
+
+def test_updates_are_skipped_with_sl_and_sg(monkeypatch, capsys):
+    """A run that llm.c began has no z-scores with it."""
+    grad_norm, norms = train.grad_norm, []
+    monkeypatch.setattr(train, "grad_norm", lambda model: norms.append(grad_norm(model)) or 10.0 ** (len(norms) > 139))
+    assert run("-o", "log", "-n", "2", "-v", "1000") == 0
+    Path("log/DONE_00000004").write_bytes(b"")
+    assert run("-o", "log", "-n", "1000", "-v", "1000", "-x", "140", "-sg", "7", "-y", "1") == 0
+    out = capsys.readouterr().out
+    assert "4 steps are done; their losses are not known, so there are no z-scores before step 133\n" in out
+    assert out.count("step 140/140 | update skipped: gradient norm 10.0000, z-score 11.27, above 7\n") == 1
 
 
 def test_under_mpirun(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import pty
 import sys
@@ -145,6 +146,15 @@ def test_lines_where_there_is_no_terminal(pace, capsys):
         + ("a line\n" if step == 50 else "")
         for step, left in ((1, "1.0 s"), (25, "0.7 s"), (50, "0.5 s"), (75, "0.2 s"), (100, "0.0 s"))
     ) + "the end\n"  # fmt: skip
+
+
+def test_z_scores_where_there_are_any(pace, capsys):
+    console = logs.Console(1)
+    console.step(1, 2.0, 0.5, 1e-3, 0.01, pace, 10.0, 1.234, -11.2)
+    console.step(1, 2.0, 0.5, 1e-3, 0.01, pace, 10.0, 0.0, math.nan)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/1 | loss 2.0000 (z +1.23) | norm  0.5000 (z -11.20) | lr 1.00e-03 | ")
+    assert second.startswith("step 1/1 | loss 2.0000 (z +0.00) | norm  0.5000 | lr 1.00e-03 | ")
 
 
 def test_about_forty_lines(capsys, pace):

@@ -158,6 +158,7 @@ def test_load_state(ops):
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("eps", 0.0),
+        ("eps", 1e-46),
         ("weight_decay", math.inf),
         ("decay", "some"),
     ],

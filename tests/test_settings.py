@@ -37,6 +37,7 @@ def test_the_table_is_llm_c_s():
         "batch_size": 4, "context": 1024, "total_batch_size": 0, "learning_rate": 3e-4, "warmup": 0,
         "schedule": "cosine", "final_lr_fraction": 1.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95,
         "grad_clip": 1.0, "val_every": 20, "val_batches": 20, "sample_every": 20, "shuffle": True, "seed": 42,
+        "eps": 1e-8, "decay": "matrices", "skip_loss_z": 0.0, "skip_norm_z": 0.0,
     }  # fmt: skip
     assert table().items() >= expected.items()
     assert GPT2Config.from_descriptor("d12") == GPT2Config(
@@ -139,6 +140,10 @@ def test_a_model_is_a_path_unless_it_is_a_size_or_is_fetched(tmp_path, size_or_n
         ('schedule = "sine"', "schedule must be one of cosine, linear, constant, wsd"),
         ("learning_rate = nan", "learning_rate: expected a number"),
         ("beta1 = 1.0", "beta1: expected a number in [0, 1)"),
+        ("eps = 1e-50", "eps: expected a number of at least 1.4013e-45, got 1e-50"),
+        ('decay = "biases"', "decay must be one of matrices, all"),
+        ("skip_loss_z = -1", "skip_loss_z: expected a number of at least 0"),
+        ("max_skipped = 0", "max_skipped: expected a whole number of at least 1"),
         ("layers = ", "not a recipe"),
         (r'text = "a\u0000b"', "text must be a string without NUL"),
         ("[model]\nlayers = 3", "no setting is called 'model'"),
@@ -183,11 +188,15 @@ def test_run_name(recipe, given, name):
 def test_only_settings_without_influence_on_the_result_change_on_resume():
     recorded = settings.base_settings({}) | {"layers": 4, "text": "a.txt", "beta1": 0.75}
     free = {"threads": 3, "val_every": 7, "sample_every": 1, "log_every": 2, "out": "x", "text": "b.txt", "layers": 4}
+    free["max_skipped"] = 3
     settings.check_resumable(recorded, free | {"beta1": 0.75}, Path("out/a"))
     with pytest.raises(ValueError, match="out/a: this run has layers = 4, and --layers 5 was asked for"):
         settings.check_resumable(recorded, {"layers": 5}, Path("out/a"))
     with pytest.raises(ValueError, match="--beta1"):
         settings.check_resumable(recorded, {"beta1": 0.5}, Path("out/a"))
+    for name, value in {"eps": 1e-6, "decay": "all", "skip_loss_z": 7.0, "skip_norm_z": 7.0}.items():
+        with pytest.raises(ValueError, match=settings.flag(name)):
+            settings.check_resumable(recorded, {name: value}, Path("out/a"))
 
 
 def test_a_path_may_be_written_in_another_way_on_resume(tmp_path, monkeypatch):
