@@ -124,13 +124,16 @@ class GPT2Config:
         """
         return 6 * self.num_parameters_padded + 6 * self.num_layers * self.channels * T
 
-    def activation_bytes(self, B: int, T: int, training: bool = True) -> int:
-        """Bytes of the activations, and of their gradients when training, for a batch of B sequences of T tokens."""
-        return FLOAT_BYTES * num_elements(activation_shapes(self, B, T, training))
+    def activation_bytes(self, B: int, T: int, training: bool = True, recompute: int = 0) -> int:
+        """Bytes of the activations, and of their gradients when training, for a batch of B sequences of T tokens.
 
-    def training_bytes(self, B: int, T: int) -> int:
+        `recompute` is GPT2's; ValueError if it has no such level.
+        """
+        return FLOAT_BYTES * num_elements(activation_shapes(self, B, T, training, recompute))
+
+    def training_bytes(self, B: int, T: int, recompute: int = 0) -> int:
         """Bytes that training holds: parameters, gradients, AdamW's m and v, activations."""
-        return 4 * FLOAT_BYTES * self.num_parameters_padded + self.activation_bytes(B, T)
+        return 4 * FLOAT_BYTES * self.num_parameters_padded + self.activation_bytes(B, T, recompute=recompute)
 
 
 def descriptors() -> list[str]:

@@ -108,13 +108,20 @@ def free_memory() -> int | None:
     return max(min(known), 0) if known else None
 
 
-def require_memory(num_bytes: int, what: str) -> None:
-    """MemoryError, before anything is allocated, if `what` needs more memory than is free."""
+def require_memory(num_bytes: int, what: str, instead: dict[str, int] | None = None) -> None:
+    """MemoryError, before anything is allocated, if `what` needs more memory than is free.
+
+    The message has what of `instead`, name -> bytes, would need less.
+    """
     if num_bytes < SMALL_BYTES:
         return
     free = free_memory()
     if free is not None and num_bytes > free:
-        raise MemoryError(f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free")
+        message = f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free"
+        for name, size in (instead or {}).items():
+            if size < num_bytes:
+                message += f"; {name} needs {size / 2**30:.2f} GiB"
+        raise MemoryError(message)
 
 
 def _system_free() -> int | None:

@@ -92,7 +92,7 @@ FLAGS = {
     "a": Flag(0, "1 trains on the first batch of -j again and again", "overfit"),
     "f": Flag(1, "TF32", takes=("0", "1"), because="products are float32 whether TF32 is allowed or not"),
     "w": Flag(1, "master weights", takes=("0", "1"), because="parameters are float32, so they are their own masters"),
-    "r": Flag(1, "recompute", takes=("0", "1"), because="activations are kept, which gives the same results"),
+    "r": Flag(1, "what the backward pass does again, to save memory: 0 nothing, 1 GELU, 2 layernorms too", "recompute"),
     "ge": Flag(
         -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
     ),

@@ -22,7 +22,16 @@ from .backends import backend
 from .config import GPT2Config
 from .hardware import require_memory
 from .rng import TorchGenerator
-from .tensors import ACTIVATIONS, FLOAT_BYTES, TENSORS, activation_shapes, layer_views, views
+from .tensors import (
+    ACTIVATIONS,
+    FLOAT_BYTES,
+    MOST_RECOMPUTE,
+    TENSORS,
+    activation_shapes,
+    check_recompute,
+    layer_views,
+    views,
+)
 
 INITIAL_STD = 0.02
 
@@ -32,6 +41,8 @@ class GPT2:
 
     config       GPT2Config
     seed         of the initial weights, which are those torch draws from the same seed
+    recompute    what the backward pass computes again instead of keeping it, for less memory and the same bits:
+                 0 nothing, 1 the outputs of GELU, 2 those of the layernorms too; may be changed between two calls
     ops          the backend module that computes; None is `backend("auto")`
     params       a flat float32 array of all parameters in file order, used instead of initial weights (on the CPU
                  without a copy)
@@ -41,8 +52,10 @@ class GPT2:
     no gradient.
     """
 
-    def __init__(self, config: GPT2Config, seed: int = 42, *, ops=None, params=None):
+    def __init__(self, config: GPT2Config, seed: int = 42, *, recompute: int = 0, ops=None, params=None):
+        check_recompute(recompute)
         self.config = config
+        self.recompute = recompute
         self.ops = backend() if ops is None else ops
         if params is None:
             require_memory(FLOAT_BYTES * config.num_parameters_padded, "the model")
@@ -57,20 +70,20 @@ class GPT2:
         self._inference: Activations | None = None
 
     @classmethod
-    def from_descriptor(cls, name: str, seed: int = 42, *, ops=None) -> GPT2:
+    def from_descriptor(cls, name: str, seed: int = 42, *, recompute: int = 0, ops=None) -> GPT2:
         """A model of a named size ("d12", "gpt3:c768") with initial weights."""
-        return cls(GPT2Config.from_descriptor(name), seed, ops=ops)
+        return cls(GPT2Config.from_descriptor(name), seed, recompute=recompute, ops=ops)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, *, ops=None) -> GPT2:
+    def from_checkpoint(cls, path: str | os.PathLike, *, recompute: int = 0, ops=None) -> GPT2:
         """The model in a llm.c model file, version 1, 3 or 5, or in the folder of a Hugging Face GPT-2."""
         config, params = model_format(path).read_model(path)
-        return cls(config, ops=ops, params=params)
+        return cls(config, recompute=recompute, ops=ops, params=params)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike, *, ops=None) -> GPT2:
+    def from_pretrained(cls, name_or_folder: str | os.PathLike, *, recompute: int = 0, ops=None) -> GPT2:
         """The Hugging Face GPT-2 in a folder or, if none has this name, that of the hub: "gpt2", "gpt2-medium", ..."""
-        return cls.from_checkpoint(huggingface.find_folder(name_or_folder), ops=ops)
+        return cls.from_checkpoint(huggingface.find_folder(name_or_folder), recompute=recompute, ops=ops)
 
     def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
         """Writes the parameters as a llm.c model file: "float32" is version 3, "bfloat16" version 5."""
@@ -192,6 +205,8 @@ class GPT2:
         for layer in reversed(range(config.num_layers)):
             p, d, a = self._layers[layer], self._grad_layers[layer], acts.layers[layer]
             residual = acts.layers[layer - 1].residual3 if layer > 0 else acts.encoded
+            if layer < config.num_layers - 1:  # what the last layer left is still there
+                self._recompute(residual, p, a)
             ops.matmul_backward(
                 dresidual, a.fch_gelu, p.fcprojw, pre_gelu=a.fch,
                 dinp=dfch, dweight=d.fcprojw, dbias=d.fcprojb, accumulate=accumulate,
@@ -220,6 +235,15 @@ class GPT2:
             dwte=grads["wte"], dwpe=grads["wpe"], accumulate=accumulate, tied=True,
         )  # fmt: skip
         self._grads_are_stale = False
+
+    def _recompute(self, residual, p, a) -> None:
+        """What a layer's forward pass left where later layers have written since, once more: the same ops on the same
+        inputs give the same bits."""
+        if self.recompute >= 1:
+            self.ops.gelu_forward(a.fch, out=a.fch_gelu)
+        if self.recompute >= 2:
+            self.ops.layernorm_forward(residual, p.ln1w, p.ln1b, out=a.ln1, mean=a.ln1_mean, rstd=a.ln1_rstd)
+            self.ops.layernorm_forward(a.residual2, p.ln2w, p.ln2b, out=a.ln2, mean=a.ln2_mean, rstd=a.ln2_rstd)
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -273,13 +297,23 @@ class GPT2:
             self._grad_layers = _parameter_layers(self._grads, self.config)
 
     def _training_activations(self, B: int, T: int) -> Activations:
-        if self._training is None or self._training.shape != (B, T):
-            grads = 0 if self._flat_grads is not None else FLOAT_BYTES * self.config.num_parameters_padded
+        acts = self._training
+        if acts is None or (acts.shape, acts.recompute) != ((B, T), self.recompute):
             # The old ones go first, so that both are never held at once.
-            self._training = None
-            require_memory(self.config.activation_bytes(B, T) + grads, f"training on a batch of {B} x {T} tokens")
-            self._training = Activations(self.config, B, T, self.ops, training=True)
+            acts = self._training = None
+            smaller = {
+                f"recompute={MOST_RECOMPUTE}": self._bytes_of_step(B, T, MOST_RECOMPUTE),
+                f"a batch of 1 x {T}": self._bytes_of_step(1, T, self.recompute),
+            }
+            needed = self._bytes_of_step(B, T, self.recompute)
+            require_memory(needed, f"training on a batch of {B} x {T} tokens", smaller)
+            self._training = Activations(self.config, B, T, self.ops, training=True, recompute=self.recompute)
         return self._training
+
+    def _bytes_of_step(self, B: int, T: int, recompute: int) -> int:
+        """Bytes that forward_backward has to allocate while there are no activations."""
+        grads = 0 if self._flat_grads is not None else FLOAT_BYTES * self.config.num_parameters_padded
+        return self.config.activation_bytes(B, T, recompute=recompute) + grads
 
     def _inference_activations(self, B: int, T: int) -> Activations:
         """Those of training if they have the right shape, else one layer's, which all layers share."""
@@ -295,9 +329,10 @@ class GPT2:
 class Activations:
     """The buffers of one batch shape, by the names in tensors.ACTIVATIONS; those with a layer dimension in `layers`."""
 
-    def __init__(self, config: GPT2Config, B: int, T: int, ops, training: bool):
-        self.shape = (B, T)
-        arrays = {name: ops.empty(shape) for name, shape in activation_shapes(config, B, T, training).items()}
+    def __init__(self, config: GPT2Config, B: int, T: int, ops, training: bool, recompute: int = 0):
+        self.shape, self.recompute = (B, T), recompute
+        shapes = activation_shapes(config, B, T, training, recompute)
+        arrays = {name: ops.empty(shape) for name, shape in shapes.items()}
         self.layers = layer_views(arrays, ACTIVATIONS, config.num_layers)
         self.encoded, self.losses = arrays["encoded"], arrays["losses"]
         self.lnf, self.lnf_mean, self.lnf_rstd = arrays["lnf"], arrays["lnf_mean"], arrays["lnf_rstd"]

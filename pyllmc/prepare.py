@@ -14,7 +14,7 @@ import filecmp
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import hardware
@@ -32,6 +32,7 @@ from .model import GPT2, model_folder, model_format
 from .optimizer import AdamW
 from .outliers import WINDOW, Guard
 from .settings import GEOMETRY, Settings, flag, is_path
+from .tensors import MOST_RECOMPUTE
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
 # Started by one of these, a process has its number of processes in the environment: Open MPI, MPICH and its kin, SLURM
@@ -166,20 +167,26 @@ def _batch_shape(settings: Settings, config: GPT2Config) -> tuple[int, int, int]
 
 def _needed_memory(settings: Settings, config: GPT2Config) -> int:
     """Bytes that training takes, and HellaSwag, whose batches have other shapes."""
-    B, T, _ = _batch_shape(settings, config)
-    needed = config.training_bytes(B, T)
+    B, T = settings.batch_size, settings.seq_len or config.max_seq_len
+    needed = config.training_bytes(B, T, settings.recompute)
     return needed + config.activation_bytes(B, T, training=False) if settings.hellaswag else needed
 
 
 def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> None:
-    """ValueError if memory or disk cannot hold what training this model takes."""
+    """ValueError if memory or disk cannot hold what training this model takes, or the batch does not fit the model."""
     settings, folder = request.settings, request.folder
+    _batch_shape(settings, config)
     needed, free = _needed_memory(settings, config), hardware.free_memory()
     if free is not None and needed > free:
-        remedy = "choose a smaller --init" if settings.init else "reduce --layers, --channels or --context"
+        smaller = "choose a smaller --init" if settings.init else "reduce --layers, --channels or --context"
+        ways = []
+        for name, value in (("recompute", MOST_RECOMPUTE), ("batch_size", 1)):
+            then = _needed_memory(replace(settings, **{name: value}), config)
+            if then < needed:
+                ways.append(f"{flag(name)} {value} needs {format_bytes(then)}; ")
         raise ValueError(
-            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; {remedy}, or "
-            "reduce --seq-len or --batch-size"
+            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; "
+            f"{''.join(ways)}or reduce --seq-len, or {smaller}"
         )
     # Parameters, m and v in each checkpoint; a new one is complete before an old one goes.
     every = settings.checkpoint_every
@@ -257,8 +264,8 @@ def _loaders(request: Request, config: GPT2Config, T: int) -> tuple[DataLoader, 
     return train_loader, DataLoader(val, B, T, vocab_size=config.vocab_size) if val else None
 
 
-def _load_model(checkpoint: Checkpoint, config: GPT2Config) -> GPT2:
-    model = GPT2.from_checkpoint(checkpoint.model_path)
+def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int) -> GPT2:
+    model = GPT2.from_checkpoint(checkpoint.model_path, recompute=recompute)
     if model.config != config:
         raise ValueError(f"{checkpoint.model_path}: is a {model.config}, the settings beside it say {config}")
     return model
@@ -294,11 +301,11 @@ def prepare(request: Request) -> Run:
             f"{batches_per_step * B * T:,}; reduce --total-batch-size"
         )
     if checkpoint is not None:
-        model = _load_model(checkpoint, config)
+        model = _load_model(checkpoint, config, settings.recompute)
     elif path := _path_of_init(settings):
-        model = GPT2.from_checkpoint(path)
+        model = GPT2.from_checkpoint(path, recompute=settings.recompute)
     else:
-        model = GPT2(config, settings.seed)
+        model = GPT2(config, settings.seed, recompute=settings.recompute)
     optimizer = AdamW(
         model, settings.learning_rate, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
         settings.decay,

@@ -3,8 +3,8 @@
 A run's settings are the table's values, which are llm.c's, overridden by a recipe (a TOML file, packaged or the
 user's), overridden by the command line. Between the table and those stands the default recipe, unless they name a model
 or token files to start from. The run's folder keeps all of them as `recipe.toml`, which is itself a recipe and what
-`--resume` reads. Called by train.py, prepare.py, runs.py and llmc.py; calls cli.py and
-schedules.py and optimizer.py for the checks, huggingface.py for its names, and files.py.
+`--resume` reads. Called by train.py, prepare.py, runs.py and llmc.py; calls cli.py, schedules.py, tensors.py and
+optimizer.py for the checks, huggingface.py for its names, and files.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from .files import atomic_write, open_regular
 from .huggingface import HUB_NAMES
 from .optimizer import DECAYED_KINDS, SMALLEST_EPS
 from .schedules import SCHEDULES
+from .tensors import MOST_RECOMPUTE
 from .tokenizer import KINDS
 
 DEFAULT_RECIPE = "shakespeare"
@@ -58,6 +59,14 @@ def _eps(text: str) -> float:
     number = cli.positive_float(text)
     if number < SMALLEST_EPS:
         raise argparse.ArgumentTypeError(f"expected a number of at least {SMALLEST_EPS:g}, got {text}")
+    return number
+
+
+def _recompute_level(text: str) -> int:
+    """One of the levels that GPT2 has."""
+    number = _count_or_zero(text)
+    if number > MOST_RECOMPUTE:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {MOST_RECOMPUTE}, got {text}")
     return number
 
 
@@ -142,6 +151,10 @@ class Settings:
     scatter_rows: bool = option(bool, "draw every sequence of a batch by itself, not the batch as one piece", False)
     overfit: bool = option(bool, "train on the first batch again and again: a check, the loss must go to 0", False)
     seed: int = option(cli.seed, "seed of new weights and of the order of the data", 42)
+    recompute: int = option(
+        _recompute_level, "to save memory, do again in the backward pass: 1 GELU (a fifth less for activations), 2 the "
+        "layernorms too (a third less); the results are the same", 1, metavar="0|1|2", result=False,
+    )  # fmt: skip
     threads: int = option(_count_or_zero, "CPU threads; 0 takes all there are", 0, result=False)
     out: str = option(
         str, "the run's folder; by default out/ and the name of the text, the recipe, the data or the model", "",

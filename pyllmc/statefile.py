@@ -1,7 +1,8 @@
 """Training states in llm.c's format: what a run needs beside its model file to go on.
 
 The format: data/README.md. Every number of a header is checked against the size of its file before anything is
-allocated. Called by checkpoint.py; calls tensors.py, files.py, rng.py and hardware.py.
+allocated. Called by checkpoint.py; calls tensors.py, files.py, rng.py, hardware.py and, for arrays that suit the ops,
+backends.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from .backends import backend
 from .files import SLOTS, atomic_write, check_size, file_size, open_regular, read_exact, read_into, read_slots
 from .hardware import require_memory
 from .rng import MT_STRUCT
@@ -70,7 +72,7 @@ def read_state(path: str | os.PathLike, num_parameters: int) -> TrainingState:
     with open_regular(path) as file:
         slots = _read_header(file, num_parameters)
         require_memory(file_size(file), f"{file.name}: the optimizer's state")
-        arrays = [np.empty(num_parameters, np.float32) for _ in range(2 + slots[4])]
+        arrays = [backend("cpu").empty(num_parameters) for _ in range(2 + slots[4])]
         for array in arrays:
             read_into(file, array, "its numbers")
         loader = {"shuffle": bool(slots[5]), "shard": _uint64(slots, 30), "sample": _uint64(slots, 32)}

@@ -3,7 +3,7 @@
 Every other module that needs a parameter's name, shape or kind reads it here: the configuration counts with it, the
 model and the optimizer cut their flat buffers with it, modelfile.py writes in its order, huggingface.py and
 bench/torch_reference.py take the Hugging Face names from it. Called by config.py, model.py, optimizer.py, modelfile.py,
-huggingface.py, statefile.py, generate.py and verify.py.
+huggingface.py, statefile.py, settings.py, prepare.py, generate.py and verify.py.
 
 Shapes are written in letters: B batch, T sequence length, C channels, L layers, NH heads, V vocabulary, Vp padded
 vocabulary, maxT context length. A number before a letter multiplies it: "3C".
@@ -56,8 +56,7 @@ TENSORS = (
     Tensor("lnfb", "C", "bias", "transformer.ln_f.bias"),
 )
 
-# What the forward pass leaves for the backward pass. `losses` and the statistics are small; per token and layer the
-# rest is 16 C floats.
+# What the forward pass leaves for the backward pass. `losses` and the statistics are small.
 ACTIVATIONS = {
     "encoded": "B T C",
     "ln1": "L B T C",
@@ -78,6 +77,12 @@ ACTIVATIONS = {
     "lnf_rstd": "B T",
     "losses": "B T",
 }
+
+# What the backward pass of a layer computes again from what is kept, by level: nothing, the output of GELU, those of
+# both layernorms too. All layers share the room of one. Kept are 16 C, 12 C, 10 C floats per token and layer. The same
+# ops on the same inputs give the same bits, so no result depends on the level.
+RECOMPUTED = ((), ("fch_gelu",), ("fch_gelu", "ln1", "ln2"))
+MOST_RECOMPUTE = len(RECOMPUTED) - 1
 
 # Activation gradients live only between two ops, so all layers share three buffers: the gradient of the residual
 # stream, that of a branch of width C, and that of a wide one (4C, of which dqkv takes the first three quarters).
@@ -143,7 +148,7 @@ def layer_views(named: dict[str, object], shapes: dict[str, str], num_layers: in
     """Cuts the arrays whose first dimension is L into one namespace per layer: `layers[3].qkvw` is (3C, C).
 
     `shapes` gives each name's shape in letters. An array that holds a single layer serves all of them: that is how
-    inference shares one layer's activations.
+    layers share activations.
     """
     per_layer = [name for name, shape in shapes.items() if shape.startswith("L ")]
     layers = []
@@ -157,10 +162,22 @@ def layer_views(named: dict[str, object], shapes: dict[str, str], num_layers: in
     return layers
 
 
-def activation_shapes(config: GPT2Config, B: int, T: int, training: bool) -> dict[str, tuple[int, ...]]:
-    """name -> shape of the activations of one (B, T) batch; without `training`, of one layer and with no gradients."""
-    letters = config_letters(config) | {"B": B, "T": T}
+def check_recompute(level: int) -> None:
+    """ValueError unless this is a level of RECOMPUTED."""
+    if level not in range(MOST_RECOMPUTE + 1):
+        raise ValueError(f"recompute must be from 0 to {MOST_RECOMPUTE}, got {level!r}")
+
+
+def activation_shapes(
+    config: GPT2Config, B: int, T: int, training: bool, recompute: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """name -> shape of the activations of one (B, T) batch; without `training` there are no gradients.
+
+    What layers share has room for one of them: what `recompute` says, and without `training` everything.
+    """
+    check_recompute(recompute)
     table = ACTIVATIONS | ACTIVATION_GRADIENTS if training else ACTIVATIONS
-    if not training:
-        letters["L"] = 1
-    return {name: resolve(shape, letters) for name, shape in table.items()}
+    shared = RECOMPUTED[recompute] if training else ACTIVATIONS
+    letters = config_letters(config) | {"B": B, "T": T}
+    one_layer = letters | {"L": 1}
+    return {name: resolve(shape, one_layer if name in shared else letters) for name, shape in table.items()}

@@ -90,3 +90,10 @@ def test_costs_of_d12():
     assert 16 * 768 * 12 * 256 * 4 < training < 18 * 768 * 12 * 256 * 4
     assert config.training_bytes(4, 64) == 16 * 124_475_904 + training
     assert config.activation_bytes(4, 64, training=False) < training / 10
+    # Of 12 layers' outputs of GELU (4 C), then of the layernorms too (2 C), one is left.
+    for level, width in ((1, 4), (2, 6)):
+        saved = 11 * 256 * width * 768 * 4
+        assert config.activation_bytes(4, 64, recompute=level) == training - saved
+        assert config.training_bytes(4, 64, level) == 16 * 124_475_904 + training - saved
+    with pytest.raises(ValueError, match="recompute must be from 0 to 2, got 3"):
+        config.activation_bytes(4, 64, recompute=3)

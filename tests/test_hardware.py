@@ -125,6 +125,8 @@ def test_more_memory_than_there_is():
     hardware.require_memory(1000, "a small array")
     with pytest.raises(MemoryError, match=r"a model of giants needs 1048576\.00 GiB, \d+\.\d\d GiB is free"):
         hardware.require_memory(2**50, "a model of giants")
+    with pytest.raises(MemoryError, match=r" GiB is free; a model of dwarfs needs 0\.50 GiB$"):
+        hardware.require_memory(2**50, "a model of giants", {"a model of dwarfs": 2**29, "one of titans": 2**50})
 
 
 def test_set_threads():

@@ -49,7 +49,7 @@ def test_defaults_are_llm_c_s():
         "batch_size": 4, "seq_len": 1024, "total_batch_size": 0, "max_steps": 0, "schedule": "cosine",
         "learning_rate": 3e-4, "warmup": 0, "final_lr_fraction": 1.0, "weight_decay": 0.0, "val_every": 20,
         "val_batches": 20, "sample_every": 20, "sample_length": 63, "overfit": False,
-        "skip_loss_z": 0.0, "skip_norm_z": 0.0,
+        "skip_loss_z": 0.0, "skip_norm_z": 0.0, "recompute": 1,
     }  # fmt: skip
     # What has no flag there is what llm.c does.
     rest = Settings(**settings)
@@ -78,6 +78,7 @@ def test_every_flag_of_llm_c_is_there():
         ("-m 5", "val_batches", 5), ("-s 0", "sample_every", 0), ("-g 144", "sample_length", 143),
         ("-sl 7", "skip_loss_z", 7.0), ("-sg 2.5", "skip_norm_z", 2.5),
         ("-a 1", "overfit", True), ("-h 1", "hellaswag", "dev/data/hellaswag/hellaswag_val.bin"),
+        ("-y 1", "recompute", 1), ("-r 0", "recompute", 0), ("-r 2", "recompute", 2),
     ],
 )  # fmt: skip
 def test_values_arrive(flags, name, value):
@@ -93,8 +94,6 @@ def test_overfitting_is_on_the_validation_data():
     "flags",
     [
         "-y 1",
-        "-r 0",
-        "-r 1",
         "-f 0",
         "-w 0",
         "-ge 2",
@@ -118,7 +117,7 @@ def test_what_gives_the_same_result_is_taken(flags):
     [
         ("-h 2", "0 or 1"), ("-z 2", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
         ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl -1", "at least 0"),
-        ("-sg nan", "number"), ("-r 2", "recompute"), ("-lg", "-lg"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
+        ("-sg nan", "number"), ("-r 3", "from 0 to 2"), ("-lg", "-lg"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
         ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),
         ("-a 2", "0, 1"), ("-g x", "whole number"), ("-i ", "empty"), ("-e ", "empty"),
         ("-n -5", "at least 0"), ("-Q 1", "-Q"), ("-b", "-b"), ("word", "word"), ("-d -2", "-d"),

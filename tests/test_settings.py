@@ -138,6 +138,8 @@ def test_a_model_is_a_path_unless_it_is_a_size_or_is_fetched(tmp_path, size_or_n
         ("checkpoint_every = -2", "checkpoint_every: expected a whole number of at least 0"),
         ("text = 3", "text must be a string"),
         ('schedule = "sine"', "schedule must be one of cosine, linear, constant, wsd"),
+        ("recompute = 3", "recompute: expected a whole number from 0 to 2, got 3"),
+        ("recompute = -1", "recompute: expected a whole number of at least 0, got -1"),
         ("learning_rate = nan", "learning_rate: expected a number"),
         ("beta1 = 1.0", "beta1: expected a number in [0, 1)"),
         ("eps = 1e-50", "eps: expected a number of at least 1.4013e-45, got 1e-50"),
@@ -188,7 +190,7 @@ def test_run_name(recipe, given, name):
 def test_only_settings_without_influence_on_the_result_change_on_resume():
     recorded = settings.base_settings({}) | {"layers": 4, "text": "a.txt", "beta1": 0.75}
     free = {"threads": 3, "val_every": 7, "sample_every": 1, "log_every": 2, "out": "x", "text": "b.txt", "layers": 4}
-    free["max_skipped"] = 3
+    free |= {"max_skipped": 3, "recompute": 2}
     settings.check_resumable(recorded, free | {"beta1": 0.75}, Path("out/a"))
     with pytest.raises(ValueError, match="out/a: this run has layers = 4, and --layers 5 was asked for"):
         settings.check_resumable(recorded, {"layers": 5}, Path("out/a"))

@@ -516,7 +516,8 @@ def test_more_disk_than_free(capsys, monkeypatch):
 
 def test_more_memory_than_free(capsys, monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda: 100_000)
-    check_refused(run(), capsys, "100 kB is free")
+    check_refused(run("--layers", "2"), capsys, "100 kB is free; --recompute 2 needs ", "; --batch-size 1 needs ")
+    check_refused(run("--layers", "2", "--recompute", "2"), capsys, "100 kB is free; --batch-size 1 needs ")
 
 
 def test_read_only_folder(capsys):
