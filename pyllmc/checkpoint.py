@@ -22,6 +22,8 @@ from .statefile import TrainingState, check_state, read_state, write_state
 
 MANIFEST_VERSION = 1
 
+_PART = re.compile(r"model_(\d{8,18})\.bin|state_(\d{8,18})_00000\.bin", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -159,8 +161,20 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     return True
 
 
+def remove_unfinished(folder) -> None:
+    """Removes the models and states of steps before the newest checkpoint that have no DONE: a process was killed while
+    it wrote or removed them. Later ones stay until the run gets there and replaces them."""
+    steps = list_steps(folder)
+    unfinished = {int(match[1] or match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))}
+    for step in unfinished.difference(steps):
+        if step < max(steps, default=0):
+            Checkpoint(Path(folder), step).remove()
+
+
 def remove_old_checkpoints(folder, keep: int, keep_every: int = 0) -> None:
-    """Removes all but the newest `keep` checkpoints (0 keeps all), except those at multiples of `keep_every`."""
+    """Removes all but the newest `keep` checkpoints (0 keeps all), except those at multiples of `keep_every`, and
+    what is unfinished."""
+    remove_unfinished(folder)
     if keep < 1:
         return
     for step in list_steps(folder)[:-keep]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 import struct
@@ -37,6 +38,9 @@ KINDS_BY_MAGIC = {
     20240801: "a token file",
     20240803: "a Llama model",
 }
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -90,6 +94,12 @@ def atomic_writes(*paths: str | os.PathLike) -> Iterator[list[BinaryIO]]:
             message = f"cannot write {what}: {os.strerror(error.errno)}"
             raise OSError(error.errno, message, names[error.filename]) from None
         raise
+
+
+def final_name(name: str) -> str | None:
+    """What a temporary file of this name was to become, had its process not been killed; None for another file."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -79,7 +79,7 @@ _LINE = re.compile(r"s:(\d{1,18})((?: [a-z]+:\S+)+)")
 
 
 class MainLog:
-    """The lines of one run, each in the file as soon as it is written.
+    """The lines of one run, each in the file as soon as it is written, and on the disk after `sync`.
 
     With `resume_step` the lines before that step are kept, so that a resumed run's file equals that of an uninterrupted
     one; without it the file starts empty.
@@ -88,16 +88,27 @@ class MainLog:
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
         kept = []
         if resume_step is not None and Path(path).exists():
-            lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-            kept = [line for line in lines if (match := _LINE.fullmatch(line)) and int(match[1]) < resume_step]
+            kept = [match[0] + "\n" for match in _whole_lines(path) if int(match[1]) < resume_step]
         with atomic_write(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode("ascii"))
+            file.write("".join(kept).encode("ascii"))
         self._path = os.fspath(path)
         self._file = open(path, "a", encoding="ascii", buffering=1)
 
     def _write(self, line: str) -> None:
-        try:
+        with self._naming_errors():
             self._file.write(line + "\n")
+
+    def sync(self) -> None:
+        """Flushes the lines to the disk: before a checkpoint is saved, from which a resumed run would not write them
+        again."""
+        with self._naming_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OSError(error.errno, f"cannot write this file: {error.strerror}", self._path) from None
 
@@ -121,17 +132,23 @@ class MainLog:
 
 def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
     """The curves in a main.log: {"trl": {step: loss}, "tel": ..., "eval": ..., "lr": ..., "norm": ...}, in the order of
-    the steps. A later line for a step replaces an earlier one; lines of no known form (the last one of a run that was
-    killed) are passed over."""
+    the steps. A later line for a step replaces an earlier one; lines of no known form are passed over."""
     curves: dict[str, dict[int, float]] = {}
+    for match in _whole_lines(path):
+        for pair in match[2].split():
+            name, _, value = pair.partition(":")
+            with contextlib.suppress(ValueError):
+                curves.setdefault(name, {})[int(match[1])] = float(value)
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def _whole_lines(path: str | os.PathLike) -> Iterator[re.Match]:
+    """The lines of a main.log as matches of _LINE. One without its end is the last of a run that was killed or had no
+    more room, and what its last figure would have been is not known: it is none."""
     with open(path, encoding="ascii", errors="replace") as file:
         for line in file:
-            match = _LINE.fullmatch(line.strip())
-            for pair in match[2].split() if match else ():
-                name, _, value = pair.partition(":")
-                with contextlib.suppress(ValueError):
-                    curves.setdefault(name, {})[int(match[1])] = float(value)
-    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+            if line.endswith("\n") and (match := _LINE.fullmatch(line.strip())):
+                yield match
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------

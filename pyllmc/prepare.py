@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import hardware
+from . import hardware, provenance
 from .backends import backend
-from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint
+from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint, remove_unfinished
 from .cli import printable
 from .config import GPT2Config
 from .dataloader import DataLoader, matching_files
@@ -31,6 +31,7 @@ from .logs import Console, Pace, aligned, format_bytes, format_count, format_dur
 from .model import GPT2, model_folder, model_format
 from .optimizer import AdamW
 from .outliers import WINDOW, Guard
+from .runs import TEXT_AGAIN
 from .settings import GEOMETRY, Settings, flag, is_path
 from .tensors import MOST_RECOMPUTE
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
@@ -56,7 +57,8 @@ class Request:
 @dataclass
 class Run:
     """Everything that one training run works with. `peak` is the machine's in GFLOP/s, `free_memory` what was free in
-    bytes, where known, before the run took its share; `start` of the `num_steps` steps are done."""
+    bytes, where known, before the run took its share; `start` of the `num_steps` steps are done; `origin` goes into the
+    checkpoints (provenance.py)."""
 
     settings: Settings
     folder: Path
@@ -74,6 +76,7 @@ class Run:
     pace: Pace
     peak: float
     free_memory: int | None
+    origin: dict
     validation_loss: float = math.nan
 
     @property
@@ -83,8 +86,8 @@ class Run:
 
     @property
     def extra(self) -> dict:
-        """What a checkpoint keeps beside model and training state, so that the run goes on bit for bit."""
-        return {"detector": self.guard.state_dict()}
+        """What a checkpoint keeps beside model and training state: for a run that goes on, bit for bit."""
+        return self.origin | {"detector": self.guard.state_dict()}
 
     @property
     def unit(self) -> str:
@@ -207,7 +210,7 @@ def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> No
 
 def _check_same_text(text: Path, folder: Path, tokenizer: str | Tokenizer, min_tokens: int) -> None:
     """ValueError if `text` is not what the run in `folder` was trained on."""
-    with tempfile.TemporaryDirectory(prefix=".text-", dir=folder) as again:
+    with tempfile.TemporaryDirectory(prefix=TEXT_AGAIN, dir=folder) as again:
         prepare_text(text, again, tokenizer, min_tokens=min_tokens)
         names = (TOKENIZER_FILE, TRAIN_FILE, VAL_FILE)
         if not all(filecmp.cmp(Path(again, name), folder / name, shallow=False) for name in names):
@@ -264,6 +267,18 @@ def _loaders(request: Request, config: GPT2Config, T: int) -> tuple[DataLoader, 
     return train_loader, DataLoader(val, B, T, vocab_size=config.vocab_size) if val else None
 
 
+def _newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Where the run in the folder goes on; None if it has saved nothing yet. ValueError if all it saved is damaged."""
+    remove_unfinished(folder)
+    checkpoint = find_latest(folder)
+    if checkpoint is None and list_steps(folder):
+        raise ValueError(
+            f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume (with "
+            "--keep-checkpoints 2 there is one more to go back to)"
+        )
+    return checkpoint
+
+
 def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int) -> GPT2:
     model = GPT2.from_checkpoint(checkpoint.model_path, recompute=recompute)
     if model.config != config:
@@ -283,9 +298,7 @@ def _load_extra(checkpoint: Checkpoint, extra: dict, guard: Guard) -> None:
 def prepare(request: Request) -> Run:
     """Data, model and optimizer: new, or from the newest checkpoint in the folder, which the caller has claimed."""
     settings, folder = request.settings, request.folder
-    checkpoint = find_latest(folder) if request.resume else None
-    if checkpoint is None and request.resume and list_steps(folder):
-        raise ValueError(f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume")
+    checkpoint = _newest_checkpoint(folder) if request.resume else None
     config = existing_config(settings, checkpoint)
     tokenizer = _tokenizer_of_files(request, config) if settings.train_data else _tokens_of_text(request, config)
     config = config or new_config(settings, tokenizer.vocab_size)
@@ -300,7 +313,9 @@ def prepare(request: Request) -> Run:
             f"{settings.train_data or folder}: {train_loader.num_tokens:,} tokens are fewer than one step's "
             f"{batches_per_step * B * T:,}; reduce --total-batch-size"
         )
+    origin = provenance.describe(train_loader.shards, val_loader.shards if val_loader else [], backend("cpu"))
     if checkpoint is not None:
+        provenance.compare(checkpoint.extra, origin, str(checkpoint.done_path))
         model = _load_model(checkpoint, config, settings.recompute)
     elif path := _path_of_init(settings):
         model = GPT2.from_checkpoint(path, recompute=settings.recompute)
@@ -322,7 +337,7 @@ def prepare(request: Request) -> Run:
     return Run(
         settings, folder, tokenizer, train_loader, val_loader, hellaswag, model, optimizer, guard,
         batches_per_step, num_steps, checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace,
-        peak, free_memory,
+        peak, free_memory, origin,
     )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ the last. Checkpoint number S has S updates behind it, and `--resume` goes on fr
 Exit codes, for scripts that start a run again until it is done:
 
     0              the run is complete
-    1, 2           an error, of the input or of the command line, which a new start would meet again
+    1, 2           an error, of the input (a full disk too) or of the command line, which a new start would meet again
     129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM after finishing the step and saving: --resume goes on
     141            the same, because whoever read the output went away
+    137            killed (128 + SIGKILL, told by the shell): --resume goes on from the newest whole checkpoint
 """
 
 import contextlib
@@ -96,8 +97,9 @@ def _read_request(argv: Sequence[str] | None) -> Request:
         "The run's folder gets its checkpoint, its tokenizer, main.log and loss.png; an earlier run that is there "
         "moves to FOLDER.1. Ctrl-C saves a checkpoint and stops. The defaults shown are those of such a run; with "
         "--init or --train-data they are llm.c's.",
-        epilog="Exit codes: 0 the run is complete; 1 or 2 an error; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or "
-        "SIGHUP, after the step was finished and saved: the same with --resume goes on.",
+        epilog="Exit codes: 0 the run is complete; 1 or 2 an error (on a full disk the last checkpoint stays); "
+        "130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP, after the step was finished and saved: the same with "
+        "--resume goes on, as it does after the process was killed.",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings to start from; options override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its checkpoint")
@@ -147,6 +149,7 @@ def _loop(run: Run, log: MainLog, stop: Stop) -> int:
         if step == last and not stopping():
             _check_end(run)
         if step != saved and (due or ends) and settings.checkpoint_every >= 0:
+            log.sync()
             _save(run, step)
             saved = step
         if ends:
@@ -298,7 +301,20 @@ def train(request: Request) -> int:
         ready = prepare(request)
         print_plan(ready)
         save_recipe(settings, folder / RECIPE_FILE)
-        return _train(ready, request)
+        try:
+            return _train(ready, request)
+        except OSError as error:
+            if error.errno and settings.checkpoint_every >= 0:
+                raise _with_what_is_kept(error, folder) from error
+            raise
+
+
+def _with_what_is_kept(error: OSError, folder: Path) -> OSError:
+    """The error, a full disk for example, with what there is to go on from once its cause is gone."""
+    steps = list_steps(folder)
+    kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was saved yet"
+    to_go_on = _command("train", "--out", folder, "--resume")
+    return OSError(error.errno, f"{error.strerror}; {kept}; when this is mended:  {to_go_on}", error.filename)
 
 
 def _train(run: Run, request: Request) -> int:

@@ -272,6 +272,20 @@ def test_removing_old_checkpoints(three_checkpoints):
     ]
 
 
+def test_what_is_unfinished_goes_but_not_what_the_run_has_yet_to_reach(three_checkpoints):
+    (three_checkpoints / "DONE_00000001").unlink()
+    (three_checkpoints / "model_00000001.bin").unlink()
+    (three_checkpoints / "DONE_00000003").unlink()
+    (three_checkpoints / "model_1.bin").touch()
+    others = {"DONE_00000002", "model_00000002.bin", "state_00000002_00000.bin", "model_1.bin"}
+    others |= {"model_00000003.bin", "state_00000003_00000.bin"}
+    checkpoint.remove_old_checkpoints(three_checkpoints, keep=0)
+    assert {path.name for path in three_checkpoints.iterdir()} == others
+    (three_checkpoints / "DONE_00000002").unlink()
+    checkpoint.remove_unfinished(three_checkpoints)
+    assert {path.name for path in three_checkpoints.iterdir()} == others - {"DONE_00000002"}
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, token_file):
     folder = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

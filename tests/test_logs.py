@@ -1,6 +1,7 @@
 """main.log, the time estimate, and the console on terminals, elsewhere, and when its reader goes away."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -80,6 +81,36 @@ def test_resumed_log_equals_whole_log(tmp_path):
         file.write("s:7 trl:2.")
     write_log(tmp_path / "parts.log", range(4, 10), resume_step=4)
     assert (tmp_path / "parts.log").read_bytes() == (tmp_path / "whole.log").read_bytes()
+
+
+def test_a_last_line_that_was_cut_off_is_none(tmp_path):
+    """Also where it looks whole: 2.31 may have been 2.3145."""
+    path = tmp_path / "main.log"
+    path.write_text("s:1 trl:2.5 lr:0.1 norm:1.00\ns:2 trl:2.31")
+    assert logs.read_main_log(path)["trl"] == {1: 2.5}
+    write_log(path, [3], resume_step=3)
+    assert path.read_text() == "s:1 trl:2.5 lr:0.1 norm:1.00\ns:3 trl:2.7000 lr:0.001000 norm:0.13\n"
+    # After a power cut a file may end in what was never written.
+    path.write_bytes(b"s:1 trl:2.5 lr:0.1 norm:1.00\n" + bytes(40) + b"\ns:2 trl:2.0\n" + bytes(40))
+    assert logs.read_main_log(path)["trl"] == {1: 2.5, 2: 2.0}
+
+
+def test_sync_brings_the_lines_to_the_disk_and_names_the_file(tmp_path, monkeypatch):
+    log = logs.MainLog(tmp_path / "main.log")
+    log.validation(0, 2.5)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    log.sync()
+    assert synced == [len("s:0 tel:2.5000\n")]
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write this file: No space") as error:
+        log.sync()
+    assert error.value.filename == str(tmp_path / "main.log")
+    log.close()
 
 
 def test_a_step_without_end_is_no_step(tmp_path):

@@ -3,7 +3,13 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
+import platform
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,13 +63,14 @@ def test_a_recipe_in_the_folder_it_names_survives(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "mark", [{"recipe.toml": "# The settings of this run. And more"}, {".lock": "pyllmc.train 1\n"}]
+    "mark",
+    [{"recipe.toml": "# The settings of this run. And more"}, {".lock": '{"program": "pyllmc.train", "pid": 1}\n'}],
 )
 def test_what_a_run_left_moves_aside(mark, tmp_path):
     folder = make(tmp_path / "exp", DATA | mark)
     with runs.claimed(folder, resume=False) as moved:
         assert moved == tmp_path / "exp.1"
-        assert content(folder) == {".lock": f"pyllmc.train {os.getpid()}\n"}
+        assert os.listdir(folder) == [".lock"]
     assert content(moved).items() >= DATA.items()
 
 
@@ -80,7 +87,7 @@ def test_a_refused_process_leaves_the_others_lock(tmp_path, monkeypatch):
     with runs.claimed(tmp_path / "exp", resume=False):
         monkeypatch.setattr(Path, "exists", lambda path: path.name != ".lock" and os.path.exists(path))
         with (
-            pytest.raises(ValueError, match=f"process {os.getpid()} is training there"),
+            pytest.raises(ValueError, match=f"pid {os.getpid()} on host "),
             runs._locked(tmp_path / "exp"),
         ):
             pass
@@ -107,10 +114,127 @@ def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
-def test_file_systems_without_locks(number, tmp_path, monkeypatch):
+def test_file_systems_without_locks(number, tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    make(tmp_path / "exp", {"recipe.toml": "# The settings of this run. And more"})
     with contextlib.ExitStack() as stack:
-        assert stack.enter_context(runs.claimed(tmp_path / "exp", resume=False)) is None
+        assert stack.enter_context(runs.claimed(tmp_path / "exp", resume=False)) == tmp_path / "exp.1"
+    told = capsys.readouterr().err
+    assert told == f"{tmp_path / 'exp'}: no locks on this file system: let no other process train there\n"
+
+
+def test_another_error_of_the_lock_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="cannot lock this file: broken"), runs.claimed(tmp_path / "exp", resume=False):
+        pass
+
+
+def refusal(folder: Path, resume: bool) -> str:
+    """What a second one is told that wants the folder too; a lock is not shared within a process either."""
+    with pytest.raises(ValueError) as error, runs.claimed(folder, resume):
+        pass
+    return str(error.value)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_process_is_told_who_trains_there_since_when(resume, tmp_path):
+    folder = make(tmp_path / "exp", {})
+    with runs.claimed(folder, resume=False):
+        holder = rf"pid {os.getpid()} on host {re.escape(platform.node())} has been training there since"
+        assert re.search(rf"^{re.escape(str(folder))}: {holder} 20\d\d-\d\d-\d\d \d\d:\d\d; ", refusal(folder, resume))
+        lock = folder / ".lock"
+        told = json.loads(lock.read_text())
+        assert set(told) == {"program", "pid", "host", "since"}
+        # What the file says may be anything.
+        for text in ("", "{", "[]", "{}", json.dumps(told | {"since": "then"}), json.dumps(told | {"since": 7})):
+            lock.write_text(text)
+            assert "another process is training there" in refusal(folder, resume)
+
+
+def test_the_lock_goes_with_the_process_even_if_it_left_a_child(tmp_path):
+    """A child of the run shares what it had open; a lock that outlived the run would lock its resume out."""
+    folder = make(tmp_path / "exp", {})
+    (begun, begins), (ended, ends) = os.pipe(), os.pipe()
+    with runs.claimed(folder, resume=False):
+        make(folder, {"recipe.toml": "# The settings of this run. And more"})
+        if (child := os.fork()) == 0:
+            os.close(ends)
+            os.write(begins, b"x")
+            os.read(ended, 1)  # returns when the parent closes its end
+            os._exit(0)
+        os.read(begun, 1)
+        assert "has been training there" in refusal(folder, resume=True)
+    try:
+        with runs.claimed(folder, resume=True):
+            pass
+    finally:
+        for descriptor in (begun, begins, ended, ends):
+            os.close(descriptor)
+        os.waitpid(child, 0)
+
+
+def test_of_several_that_start_at_the_same_moment_one_goes_on(tmp_path):
+    """On a folder that is not there, and on one with an earlier run, which is moved away once."""
+    (tmp_path / "text.txt").write_text("".join(f"{number} bottles of ale are on the wall,\n" for number in range(60)))
+    small = "--layers 1 --heads 2 --channels 16 --context 16 --checkpoint-every 0 --sample-every 0 --val-every 0"
+    command = [sys.executable, "-m", "pyllmc.train", "--text", "text.txt", "--out", "run", *small.split()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for earlier in ([], ["run.1"]):
+        started = [
+            subprocess.Popen(
+                [*command, "--max-steps", "10000000", "--threads", "1"], cwd=tmp_path, env=environment,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for _ in range(3)
+        ]  # fmt: skip
+        told = []
+        with contextlib.ExitStack() as stack:
+            for process in started:
+                stack.enter_context(process)
+            while len(told) < 2:
+                pid, status = os.wait()
+                (process,) = (process for process in started if process.pid == pid)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                told.append(process.stderr.read())
+                assert process.returncode == 1, told
+            (running,) = (process for process in started if process.returncode is None)
+            running.stdout.readline()
+            running.send_signal(signal.SIGTERM)
+            running.stdout.read()
+            assert running.wait() == 143
+        for line in told:
+            assert f"pid {running.pid} on host" in line or "another process" in line or "cannot write" in line
+        assert sorted(os.listdir(tmp_path)) == ["run", *earlier, "text.txt"]
+
+
+def test_what_a_killed_run_had_begun_to_write_goes_away_when_its_folder_is_claimed(tmp_path):
+    run = {"recipe.toml": "# The settings of this run. And more"}
+    half = {".model_00000004.bin.0123abcd.tmp": "", ".recipe.toml.0123abcd.tmp": "", ".train.bin.0123abcd.tmp": ""}
+    others = {".thesis.tex.0123abcd.tmp": "precious", ".model_00000004.bin.tmp": "", ".notes": "precious"}
+    folder = make(tmp_path / "exp", run | half | others)
+    make(folder / ".text-0a_b1c2d", {"train.bin": "half"})
+    with runs.claimed(folder, resume=True):
+        assert set(content(folder)) == {*run, *others, ".lock"}
+    make(folder, half)
+    with runs.claimed(folder, resume=False) as moved:
+        assert set(content(moved)) == {*run, *others, ".lock"} and os.listdir(folder) == [".lock"]
+
+
+def test_a_start_that_was_killed_at_its_lock_can_be_made_again(tmp_path):
+    """Its lock file is empty, and what comes beside it is marked as a run's again."""
+    folder = make(tmp_path / "exp", {".lock": ""})
+    with runs.claimed(folder, resume=False):
+        assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="cannot write in this folder: No space") as error:
+        runs.claimed(tmp_path / "exp", resume=False).__enter__()
+    assert error.value.filename == str(tmp_path / "exp") and os.listdir(tmp_path) == []

@@ -298,7 +298,8 @@ def test_resume_without_any_whole_checkpoint_is_refused(capsys):
     os.truncate(f"out/notes/model_{STEPS:08d}.bin", 1500)
     before = content("out/notes")
     assert run("--resume") == 1
-    assert "error: out/notes: no checkpoint is whole" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: out/notes: no checkpoint is whole; put one back from a copy, or start anew without --resume" in err
     assert content("out/notes") == before
 
 
@@ -416,7 +417,7 @@ def test_a_run_without_checkpoint_moves_aside(monkeypatch):
 def test_what_a_killed_start_left_moves_aside():
     Path("out/notes").mkdir(parents=True)
     Path("out/notes/train.bin").touch()
-    Path("out/notes/.lock").write_text("pyllmc.train 1\n")
+    Path("out/notes/.lock").write_text('{"program": "pyllmc.train", "pid": 1}\n')
     assert run() == 0
     assert visible("out") == ["notes", "notes.1"]
     assert visible("out/notes.1") == ["train.bin"]
@@ -449,7 +450,7 @@ def test_the_current_folder_is_not_renamed(capsys):
 def test_two_runs_cannot_share_a_folder(capsys):
     with runs.claimed(Path("out/notes"), resume=False):
         assert run() == 1
-    assert f"process {os.getpid()} is training there" in capsys.readouterr().err
+    assert f"pid {os.getpid()} on host " in capsys.readouterr().err
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -530,23 +531,14 @@ def test_read_only_folder(capsys):
         os.chmod(".", 0o755)
 
 
-def test_full_disk():
-    """A disk that fills up while the first checkpoint is written: what was there stays, nothing half written does."""
-    limit = Path("notes.txt").stat().st_size * 3
-    with start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.startswith("error: out/notes/model_00000004.bin: ") and err.count("\n") == 1
-    assert not [name for name in os.listdir("out/notes") if name.startswith(("model", "state", "DONE", ".model"))]
-
-
 def test_log_that_cannot_grow():
     limit = Path("notes.txt").stat().st_size * 3
     long = ["--max-steps", "100000", "--checkpoint-every", "0", "--sample-every", "0", "--val-every", "0"]
     with start(*long, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith("error: out/notes/main.log: cannot write this file") and err.count("\n") == 1
+    assert err.startswith("error: out/notes/main.log: cannot write this file: File too large; no checkpoint was saved")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
