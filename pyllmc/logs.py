@@ -1,11 +1,15 @@
-"""What a training run tells: lines and a live bar on the console, and `main.log` in llm.c's grammar.
+"""What a training run tells: lines and a live bar on the console, `main.log` in llm.c's grammar, and `times.csv`.
 
     s:250 tel:2.0312                               validation loss before update 250
     s:250 eval:0.2955                              accuracy on HellaSwag before update 250
     s:250 trl:2.0731 lr:0.002912 norm:0.61         loss, learning rate and gradient norm of update 250
 
-`Console` is made by prepare.py and written to by train.py; `MainLog` writes the file and `read_main_log` reads it for
-plot.py. Figures are written the same way everywhere by the `format_` functions. Calls files.py, and tqdm for the bar.
+    step,tokens,seconds                            what main.log has no place for, as llm.c's tools read it too:
+    250,4096,0.015312                              how many tokens update 250 saw, and how long it took
+
+`Console` is made by prepare.py and written to by train.py; record.py writes to `MainLog` and `Times`; `read_main_log`
+and `read_times` are for curves.py. Figures are written the same way everywhere by the `format_` functions. Calls
+files.py, and tqdm for the bar.
 """
 
 import contextlib
@@ -57,8 +61,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
 
 
-def format_share(share: float) -> str:
-    """`41%`, `0.3%`."""
+def format_share(share: float | None) -> str:
+    """`41%`, `0.3%`, or `n/a` for None."""
+    if share is None:
+        return "n/a"
     return f"{share:.0%}" if share >= 0.0095 else f"{share:.1%}"
 
 
@@ -73,22 +79,26 @@ def aligned(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}" + value.replace("\n", "\n" + " " * width) for name, value in rows)
 
 
-# ---- main.log -------------------------------------------------------------------------------------------------------
+# ---- main.log and times.csv -----------------------------------------------------------------------------------------
 
-_LINE = re.compile(r"s:(\d{1,18})((?: [a-z]+:\S+)+)")
+LOG_FILE = "main.log"
+TIMES_FILE = "times.csv"
 
 
-class MainLog:
-    """The lines of one run, each in the file as soon as it is written, and on the disk after `sync`.
+class _Lines:
+    """A text file of one run, each line in it as soon as it is written, and on the disk after `sync`.
 
-    With `resume_step` the lines before that step are kept, so that a resumed run's file equals that of an uninterrupted
-    one; without it the file starts empty.
+    With `resume_step` the lines before that step are kept, so that a resumed run's file has the steps of an
+    uninterrupted one, each once; without it the file starts with its header alone.
     """
 
+    LINE: re.Pattern  # the first group is the step
+    HEADER = ""
+
     def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
-        kept = []
+        kept = [self.HEADER] if self.HEADER else []
         if resume_step is not None and Path(path).exists():
-            kept = [match[0] + "\n" for match in _whole_lines(path) if int(match[1]) < resume_step]
+            kept += [match[0] + "\n" for match in _whole_lines(path, self.LINE) if int(match[1]) < resume_step]
         with atomic_write(path) as file:
             file.write("".join(kept).encode("ascii"))
         self._path = os.fspath(path)
@@ -112,6 +122,17 @@ class MainLog:
         except OSError as error:
             raise OSError(error.errno, f"cannot write this file: {error.strerror}", self._path) from None
 
+    def close(self) -> None:
+        # What could not be written has been told.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class MainLog(_Lines):
+    """main.log: equal, byte for byte, for a resumed and an uninterrupted run."""
+
+    LINE = re.compile(r"s:(\d{1,18})((?: [a-z]+:\S+)+)")
+
     def validation(self, step: int, loss: float) -> None:
         """The validation loss before update `step`."""
         self._write(f"s:{step} tel:{loss:.4f}")
@@ -124,17 +145,23 @@ class MainLog:
         """The figures of update `step`."""
         self._write(f"s:{step} trl:{loss:.4f} lr:{learning_rate:.6f} norm:{norm:.2f}")
 
-    def close(self) -> None:
-        # What could not be written has been told.
-        with contextlib.suppress(OSError):
-            self._file.close()
+
+class Times(_Lines):
+    """times.csv: the size of each update, and its duration, without the validations and checkpoints between them."""
+
+    LINE = re.compile(r"(\d{1,18}),(\d{1,18}),(\d{1,12}\.\d{6})")
+    HEADER = "step,tokens,seconds\n"
+
+    def train(self, step: int, tokens: int, seconds: float) -> None:
+        """Update `step` saw so many tokens and took so long."""
+        self._write(f"{step},{tokens},{seconds:.6f}")
 
 
 def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
     """The curves in a main.log: {"trl": {step: loss}, "tel": ..., "eval": ..., "lr": ..., "norm": ...}, in the order of
     the steps. A later line for a step replaces an earlier one; lines of no known form are passed over."""
     curves: dict[str, dict[int, float]] = {}
-    for match in _whole_lines(path):
+    for match in _whole_lines(path, MainLog.LINE):
         for pair in match[2].split():
             name, _, value = pair.partition(":")
             with contextlib.suppress(ValueError):
@@ -142,13 +169,19 @@ def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
-def _whole_lines(path: str | os.PathLike) -> Iterator[re.Match]:
-    """The lines of a main.log as matches of _LINE. One without its end is the last of a run that was killed or had no
+def _whole_lines(path: str | os.PathLike, pattern: re.Pattern) -> Iterator[re.Match]:
+    """The lines of a file as matches of the pattern. One without its end is the last of a run that was killed or had no
     more room, and what its last figure would have been is not known: it is none."""
     with open(path, encoding="ascii", errors="replace") as file:
         for line in file:
-            if line.endswith("\n") and (match := _LINE.fullmatch(line.strip())):
+            if line.endswith("\n") and (match := pattern.fullmatch(line.strip())):
                 yield match
+
+
+def read_times(path: str | os.PathLike) -> dict[int, tuple[int, float]]:
+    """{step: (tokens, seconds)} of a times.csv, in the order of the steps, by the rules of read_main_log."""
+    times = {int(match[1]): (int(match[2]), float(match[3])) for match in _whole_lines(path, Times.LINE)}
+    return dict(sorted(times.items()))
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -220,6 +253,7 @@ class Console:
     """
 
     BAR = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}  {desc}"
+    NARROW, NARROW_BAR = 80, "{percentage:3.0f}%  {desc}"  # on fewer columns than these the words come first
 
     def __init__(self, total: int, log_every: int = 0):
         self.total = total
@@ -255,27 +289,31 @@ class Console:
             tqdm.monitor_interval = 0
             size = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=self.total, initial=done, file=sys.stdout, bar_format=self.BAR, leave=False,
+                total=self.total, initial=done, file=sys.stdout, bar_format=self._format(size.columns), leave=False,
                 ncols=size.columns, nrows=size.lines,
             )  # fmt: skip
 
+    def _format(self, columns: int) -> str:
+        return self.BAR if columns >= self.NARROW else self.NARROW_BAR
+
     def step(
-        self, done: int, loss: float, norm: float, learning_rate: float, seconds: float, pace: Pace, peak: float,
-        loss_z: float = math.nan, norm_z: float = math.nan,
+        self, done: int, loss: float, norm: float, learning_rate: float, seconds: float, pace: Pace,
+        peak: float | None, loss_z: float = math.nan, norm_z: float = math.nan,
     ) -> None:  # fmt: skip
-        """Step number `done`, counted from 1, gave these figures. `peak` is the machine's in GFLOP/s; z-scores that
-        are nan are not shown."""
+        """Step number `done`, counted from 1, gave these figures. `peak` is the machine's in GFLOP/s, if it is known;
+        z-scores that are nan are not shown."""
         speed = f"{format_count(pace.tokens_per_second)} tok/s"
         left = f"{format_duration(pace.seconds_left(done))} left"
+        share = format_share(pace.gflops / peak if peak else None)
         if self._bar is not None:
             self._bar.set_description_str(f"loss {loss:.3f}  {speed}  {left}", refresh=False)
             self._bar.ncols = shutil.get_terminal_size().columns
+            self._bar.bar_format = self._format(self._bar.ncols)
             self._guarded(self._bar.update)
         elif done % self.log_every == 0 or done in (1, self.total):
             self.line(
                 f"{self.label(done)} | loss {loss:.4f}{_z(loss_z)} | norm {norm:7.4f}{_z(norm_z)} | "
-                f"lr {learning_rate:.2e} | {seconds * 1000:.1f} ms | {speed} | "
-                f"{format_share(pace.gflops / peak)} of peak | {left}"
+                f"lr {learning_rate:.2e} | {seconds * 1000:.1f} ms | {speed} | {share} of peak | {left}"
             )
 
     def activity(self, text: str) -> None:

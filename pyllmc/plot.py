@@ -1,219 +1,268 @@
-"""Pictures of training runs from their main.log: `python -m pyllmc.plot LOGDIR...`.
+"""Pictures of training runs: `python -m pyllmc.plot LOGDIR...`.
 
-Draws training loss (every step faint, a smoothed line over it) and validation loss over steps, several runs in one
-picture. Below them, where a run has it, the accuracy on HellaSwag, with what GPT-2 and GPT-3 of that size reach. Works
-while a run goes on. Without matplotlib (`pip install matplotlib`) the curves are a table in text.
+Draws training and validation loss, and below them, where a run has it, HellaSwag's accuracy, learning rate, gradient
+norm and speed, over steps, tokens or time, of one run or of several. What changes from step to step is faint, with a
+smoothed line over it; dashes are what GPT-2 and GPT-3 of that size reach. Works while a run goes on. Without matplotlib
+(`pip install matplotlib`) the same curves are a table in text.
 
-Called by train.py at the end of a run, and from the command line; calls logs.py for the file, and checkpoint.py and
-modelfile.py for the size of a model.
+Called by train.py at the end of a run, and from the command line; calls curves.py for what is drawn.
 """
 
-import contextlib
+import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import Checkpoint, list_steps
 from .cli import ArgumentParser, printable, run_main
-from .config import GPT2Config
+from .curves import AXES, PANELS, RunCurves, panels_of, reached, read_runs, smoothed
 from .files import atomic_write
-from .logs import read_main_log
-from .modelfile import read_header
+from .logs import format_count
 
-LOG_FILE = "main.log"
 PICTURE_FILE = "loss.png"
 FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+GREY = "#666666"
 
-# HellaSwag's accuracy of finished models, by the size of GPT-2 that is as large: GPT-2's own as llm.c measures it,
-# GPT-3's from its paper (Brown et al. 2020), as llm.c's own pictures have them.
-REACHED = {
-    "d12": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337},
-    "d24": {"GPT-2 350M": 0.375224, "GPT-3 350M": 0.436},
-    "d36": {"GPT-2 774M": 0.431986, "GPT-3 760M": 0.510},
-    "d48": {"GPT-2 1558M": 0.488946, "GPT-3 1.3B": 0.547},
-}
-
-
-def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """The exponential average of `values`, corrected for its start; `weight` is what remains of the past at each."""
-    result, total, norm = [], 0.0, 0.0
-    for value in values:
-        if value == value:  # a skipped step logs nan, which would stay in the average for ever
-            total = weight * total + (1 - weight) * value
-            norm = weight * norm + (1 - weight)
-        result.append(total / norm if norm else value)
-    return result
+HEIGHTS = {"loss": 3.6, "hellaswag": 1.9, "lr": 1.15, "norm": 1.15, "speed": 1.15}  # inches
+Y_LABELS = {
+    "loss": "loss (nats per token)", "hellaswag": "HellaSwag accuracy", "lr": "learning rate",
+    "norm": "gradient norm", "speed": "tokens/s",
+}  # fmt: skip
+UNITS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
-def read_runs(folders: Sequence[str | Path]) -> dict[str, dict]:
-    """The curves of each folder's main.log, by the folder's name. ValueError for one without any loss."""
-    runs = {}
-    for folder in folders:
-        path = Path(folder)
-        path = path if path.is_file() else path / LOG_FILE
-        curves = read_main_log(path)
-        if not curves.get("trl") and not curves.get("tel"):
-            raise ValueError(f"{path}: no losses in it yet")
-        name = path.absolute().parent.name
-        runs[name if name not in runs else str(path.parent)] = curves
-    return runs
-
-
-def reached(folders: Sequence[str | Path]) -> dict[str, float]:
-    """The accuracies to compare with: of the sizes of GPT-2 that the newest models in these folders have."""
-    sizes = {}
-    for name in REACHED:
-        config = GPT2Config.from_descriptor(name)
-        sizes[config.num_layers, config.channels] = REACHED[name]
-    found: dict[str, float] = {}
-    for folder in (Path(folder) for folder in folders):
-        folder = folder.parent if folder.is_file() else folder
-        # A run that goes on may just have taken its checkpoint away; the picture does without.
-        with contextlib.suppress(OSError, ValueError):
-            steps = list_steps(folder)
-            config = read_header(Checkpoint(folder, max(steps)).model_path).config
-            found |= sizes.get((config.num_layers, config.channels), {})
-    return found
-
-
-def plot_losses(folders: str | Path | Sequence[str | Path], path: str | Path | None = None) -> Path:
-    """Draws the losses of one run's folder or of several, and returns the picture's path: `loss.png` in the folder (of
-    several, in the current one) unless given. ImportError without matplotlib; OSError, ValueError for a bad log."""
+def plot_runs(
+    folders: str | Path | Sequence[str | Path],
+    path: str | Path | None = None,
+    over: str = "steps",
+    show: Sequence[str] = (),
+) -> Path:
+    """Draws one run's folder or several, and returns the picture's path: `loss.png` in the folder (of several, in the
+    current one) unless given. `over` is one of AXES, `show` are some of PANELS, or all that the runs have.
+    ImportError without matplotlib; OSError, ValueError for runs that cannot be drawn so."""
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    runs = read_runs(folders)
-    path = (
-        Path(path)
-        if path
-        else Path(folders[0] if len(folders) == 1 and Path(folders[0]).is_dir() else ".", PICTURE_FILE)
-    )
+    runs = read_runs(folders, over)
+    panels = choose_panels(runs, show)
+    folder = folders[0] if len(folders) == 1 and Path(folders[0]).is_dir() else "."
+    path = Path(path) if path else Path(folder, PICTURE_FILE)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
-    figure = _draw(runs, reached(folders))
+    figure = _draw(runs, panels, over)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
     return path
 
 
-def _draw(runs: dict[str, dict], reached: dict[str, float]):
+def choose_panels(runs: Sequence[RunCurves], show: Sequence[str] = ()) -> list[str]:
+    """The panels to show, in the order of PANELS; ValueError for one of `show` that none of the runs can fill."""
+    there = panels_of(runs)
+    for panel in show:
+        if panel not in there:
+            raise ValueError(f"--show {panel}: not measured in {', '.join(str(run.folder) for run in runs)}")
+    return [panel for panel in there if panel in show or not show]
+
+
+# ---- the picture ----------------------------------------------------------------------------------------------------
+
+
+def _draw(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps"):
     """The figure. Without pyplot: no window system is touched, and no state stays behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = any(curves.get("eval") for curves in runs.values())
-    figure = Figure(figsize=(8, 7 if measured else 5), dpi=150, layout="constrained")
+    heights = [HEIGHTS[panel] for panel in panels]
+    figure = Figure(figsize=(8, sum(heights) + 0.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, sharex=True, height_ratios=(5, 2)) if measured else [figure.add_subplot()]
-    axes = panels[0]
-    # A folder's name may hold anything, also what a picture's text takes for a formula.
-    runs = {printable(name).replace("$", r"\$"): curves for name, curves in runs.items()}
-    for index, (name, curves) in enumerate(runs.items()):
-        _draw_run(axes, curves, *_labels_and_colours(name, index, len(runs)))
-    if measured:
-        _draw_accuracy(panels[1], runs, reached)
-    _scale(axes, runs)
-    panels[-1].set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(next(iter(runs)) if len(runs) == 1 else "Training and validation loss", loc="left", weight="bold")
-    for panel in panels:
-        panel.grid(axis="y", color="#dddddd", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    axis, unit = _axis(runs, over)
+    dashes = reached(runs)
+    for panel, axes in zip(panels, all_axes, strict=True):
+        for index, run in enumerate(runs):
+            # Of several runs each has a colour; of one the training and the validation have one each.
+            colours = (COLOURS[0], COLOURS[1]) if len(runs) == 1 else (COLOURS[index % len(COLOURS)],) * 2
+            # Which colour is whose is said once, in the first panel, and where there are figures to tell.
+            named = len(runs) > 1 and panel == panels[0]
+            _draw_run(axes, panel, run, unit, colours, _printable(run.name) if len(runs) > 1 else "", named)
+        for name, value in dashes.get(panel, {}).items():
+            style = ":" if name.startswith("GPT-3") else "--"
+            label = f"{name} on FineWeb ({value:.3f})" if panel == "loss" else f"{name} ({value:.4f})"
+            axes.axhline(value, color=GREY, linestyle=style, linewidth=1, label=label)
+        _scale(axes, panel, [*_values(runs, panel), *dashes.get(panel, {}).values()])
+        axes.set_ylabel(Y_LABELS[panel])
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="upper right" if panel == "loss" else "best")
+    _scale_x(all_axes[-1], over)
+    all_axes[-1].set_xlabel(axis)
+    title = _printable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
+    all_axes[0].set_title(title, loc="left", weight="bold")
+    figure.align_ylabels()
     return figure
 
 
-def _labels_and_colours(name: str, index: int, count: int) -> tuple[str, str, str, str]:
-    """Labels and colours of the training and the validation curve: one run has two colours, several have one each."""
-    if count == 1:
-        return "training", "validation", COLOURS[0], COLOURS[1]
-    colour = COLOURS[index % len(COLOURS)]
-    return f"{name}, training", f"{name}, validation", colour, colour
+def _printable(name: str) -> str:
+    """A folder's name may hold anything, also what a picture's text takes for a formula."""
+    return printable(name).replace("$", r"\$")
 
 
-def _draw_run(axes, curves: dict, train_label: str, validation_label: str, train_colour: str, colour: str) -> None:
-    train, validation = curves.get("trl", {}), curves.get("tel", {})
-    if train:
-        steps, losses = list(train), list(train.values())
-        axes.plot(steps, losses, color=train_colour, alpha=0.2, linewidth=0.7)
-        # Each point averages about the last hundredth of the run.
-        line = smoothed(losses, 1 - min(1.0, 100 / len(losses)))
-        axes.plot(steps, line, color=train_colour, linewidth=1.6, label=f"{train_label} (last {line[-1]:.3f})")
-    if validation:
-        steps, losses = list(validation), list(validation.values())
-        label = f"{validation_label} (last {losses[-1]:.3f}, best {min(losses):.3f})"
-        axes.plot(
-            steps, losses, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white", label=label
-        )
+def _axis(runs: Sequence[RunCurves], over: str) -> tuple[str, float]:
+    """The name of the horizontal axis, and how much of it is one unit there: time is told in what suits the longest."""
+    if over != "time":
+        return {"steps": "step", "tokens": "tokens trained on"}[over], 1
+    longest = max(run.end for run in runs)
+    unit = max((name for name in UNITS if longest >= 3 * UNITS[name]), key=UNITS.get, default="seconds")
+    return f"training time ({unit})", UNITS[unit]
+
+
+def _values(runs: Sequence[RunCurves], panel: str) -> list[float]:
+    return [value for run in runs for kind in PANELS[panel] for value in run.curve(kind).values()]
+
+
+def _draw_run(axes, panel: str, run: RunCurves, unit: float, colours: tuple[str, str], name: str, named: bool) -> None:
+    """The curves of one run in one panel. `name` is empty for the only run; `named` asks for a label in any case."""
+    for kind in PANELS[panel]:
+        if curve := run.curve(kind):
+            xs, values = [run.position(step) / unit for step in curve], list(curve.values())
+            if kind in ("tel", "eval"):
+                _draw_dots(axes, kind, xs, values, colours[1], name)
+            else:
+                _draw_line(axes, kind, xs, values, colours[0], name, named)
+
+
+def _draw_dots(axes, kind: str, xs: list[float], values: list[float], colour: str, name: str) -> None:
+    """What is measured now and then: validation loss, accuracy."""
+    decimals, best = (3, min(values)) if kind == "tel" else (4, max(values))
+    what = {"tel": "validation"}.get(kind, "" if name else "this run")
+    label = f"{', '.join(filter(None, (name, what)))} (last {values[-1]:.{decimals}f}, best {best:.{decimals}f})"
+    axes.plot(xs, values, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white", label=label)
+    # Beside the last point; those of several runs would lie on one another.
+    if not name:
         axes.annotate(
-            f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(6, 0), textcoords="offset points", va="center",
+            f"{values[-1]:.{decimals}f}", (xs[-1], values[-1]), xytext=(6, 0), textcoords="offset points", va="center",
             color=colour, weight="bold", annotation_clip=False,
         )  # fmt: skip
 
 
-def _draw_accuracy(axes, runs: dict[str, dict], reached: dict[str, float]) -> None:
-    """The panel of HellaSwag: a line for each run that has measured it, dashes for what others reach."""
-    for index, (name, curves) in enumerate(runs.items()):
-        if accuracy := curves.get("eval"):
-            steps, shares = list(accuracy), list(accuracy.values())
-            label = f"{name if len(runs) > 1 else 'this run'} (last {shares[-1]:.4f}, best {max(shares):.4f})"
-            colour = _labels_and_colours(name, index, len(runs))[3]
-            axes.plot(steps, shares, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white",
-                      label=label)  # fmt: skip
-    for name, share in reached.items():
-        style = ":" if name.startswith("GPT-3") else "--"
-        axes.axhline(share, color="#777777", linestyle=style, linewidth=1, label=f"{name} ({share:.4f})")
-    axes.set_ylabel("HellaSwag accuracy")
+def _draw_line(axes, kind: str, xs: list[float], values: list[float], colour: str, name: str, named: bool) -> None:
+    """What every step has: faint as it is, smoothed over it; the learning rate is smooth."""
+    line = values
+    if kind != "lr":
+        axes.plot(xs, values, color=colour, alpha=0.2, linewidth=0.7)
+        line = smoothed(values)
+    label = name if named else None
+    if kind == "trl":
+        label = f"{', '.join(filter(None, (name, 'training')))} (last {line[-1]:.3f})"
+    axes.plot(xs, line, color=colour, linewidth=1.6, label=label)
 
 
-def _scale(axes, runs: dict[str, dict]) -> None:
-    """Shows the fall after the first steps, not the cliff at the start: a logarithmic loss axis with plain numbers.
-    Steps are whole."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+def _scale(axes, panel: str, values: Sequence[float]) -> None:
+    """Shows the fall of the loss after the first steps, not the cliff at the start, and norms of any size: logarithmic
+    axes with plain numbers where the values span enough. A speed is seen from 0 on."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-    losses = [loss for curves in runs.values() for name in ("trl", "tel") for loss in curves.get(name, {}).values()]
-    losses = [loss for loss in losses if 0 < loss < float("inf")]
-    if losses and max(losses) / min(losses) > 1.5:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    values = [value for value in values if 0 < value < math.inf]
+    if panel not in ("loss", "hellaswag"):
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    if panel == "lr":
+        axes.yaxis.set_major_formatter(plain)
+    if panel == "speed":
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel == "loss" and values and max(values) / min(values) > 1.5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.set_ylim(min(values) * 0.95, max(values) * 1.03)
+    if panel == "norm" and values and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
-        axes.set_ylim(min(losses) * 0.95, max(losses) * 1.03)
 
 
-def loss_table(runs: dict[str, dict], rows: int = 12) -> str:
+def _scale_x(axes, over: str) -> None:
+    """Steps are whole, tokens are counted in k, M and G."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=over != "time"))
+    if over == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+_COLUMNS = {
+    "trl": ("training", "{:.4f}".format), "tel": ("validation", "{:.4f}".format),
+    "eval": ("HellaSwag", "{:.4f}".format), "lr": ("lr", "{:.2e}".format), "norm": ("norm", "{:.4f}".format),
+    "speed": ("tok/s", format_count),
+}  # fmt: skip
+_SMOOTHED = ("trl", "norm", "speed")
+
+
+def table(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps", rows: int = 12) -> str:
     """The same curves as text: about `rows` lines a run, from the first step to the last."""
+    axis, unit = _axis(runs, over)
     lines = []
-    for name, curves in runs.items():
-        train, validation, accuracy = (curves.get(kind, {}) for kind in ("trl", "tel", "eval"))
-        average = dict(zip(train, smoothed(list(train.values()), 1 - min(1.0, 100 / max(1, len(train)))), strict=True))
+    for run in runs:
+        kinds = [kind for panel in panels for kind in PANELS[panel] if panel == "loss" or run.curve(kind)]
+        curves = {kind: run.curve(kind) for kind in kinds}
+        for kind in set(_SMOOTHED).intersection(curves):
+            curves[kind] = dict(zip(curves[kind], smoothed(list(curves[kind].values())), strict=True))
         # Validations are the points of interest where there are enough of them; otherwise evenly spaced steps.
-        steps = sorted(validation) if len(validation) > 2 else sorted({*train, *validation})
-        stride = max(1, round(len(steps) / rows))
-        chosen = sorted({*steps[::stride], steps[-1]})
-        lines += [name, f"{'step':>10}{'training':>12}{'validation':>12}" + f"{'HellaSwag':>12}" * bool(accuracy)]
-        for step in chosen:
-            # The last validation comes after the last training step.
-            loss = average.get(step, average.get(step - 1))
-            values = [loss, validation.get(step), *([accuracy.get(step)] if accuracy else [])]
-            cells = (f"{value:.4f}" if value is not None else "" for value in values)
-            lines.append(f"{step:>10}" + "".join(f"{cell:>12}" for cell in cells))
+        steps = sorted(run.curve("tel"))
+        steps = steps if len(steps) > 2 else sorted({step for curve in curves.values() for step in curve})
+        names = [*(["step"] if over == "steps" else ["step", axis]), *(_COLUMNS[kind][0] for kind in curves)]
+        cells = [names]
+        for step in sorted({*steps[:: max(1, round(len(steps) / rows))], *steps[-1:]}):
+            place = run.position(step) / unit
+            along = {"steps": [], "tokens": [format_count(place)], "time": [f"{place:.2f}"]}[over]
+            cells.append([str(step), *along, *(_cell(kind, curve, step) for kind, curve in curves.items())])
+        widths = [10, *(max(12, len(name) + 2) for name in names[1:])]
+        lines.append(printable(run.name))
+        lines += ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
     return "\n".join(lines)
 
 
+def _cell(kind: str, curve: dict[int, float], step: int) -> str:
+    """A figure of the table. The last validation comes after the last training step."""
+    value = curve.get(step, None if kind in ("tel", "eval") else curve.get(step - 1))
+    return "" if value is None else _COLUMNS[kind][1](value)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+
+def _panels(text: str) -> list[str]:
+    """The panels in a list with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PANELS:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(PANELS)}, got {name!r}")
+    return names
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m pyllmc.plot", description="Draw the losses of training runs.")
+    parser = ArgumentParser(prog="python -m pyllmc.plot", description="Draw training runs, also while they go on.")
     parser.add_argument("folders", metavar="LOGDIR", nargs="+", help="folder of a run, with its main.log")
+    parser.add_argument("--over", choices=AXES, default="steps", help="the horizontal axis")
+    parser.add_argument(
+        "--show", type=_panels, default=[], metavar="PANELS",
+        help=f"some of {','.join(PANELS)}; by default all that the runs have",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="the picture, .png .svg or .pdf; by default LOGDIR/loss.png")
     options = parser.parse_args(argv)
     try:
-        print(plot_losses(options.folders, options.out))
+        print(plot_runs(options.folders, options.out, options.over, options.show))
     except ImportError as error:
-        print(loss_table(read_runs(options.folders)))
+        runs = read_runs(options.folders, options.over)
+        print(table(runs, choose_panels(runs, options.show), options.over))
         print(f"\nNo picture: {error}; pip install matplotlib draws one.", file=sys.stderr)
 
 

@@ -25,6 +25,7 @@ from .config import GPT2Config
 from .dataloader import DataLoader, matching_files
 from .datasets import SHAKESPEARE, prepare_text
 from .datasets.common import TRAIN_FILE, VAL_FILE
+from .events import require_tensorboard
 from .hellaswag import HellaSwag
 from .huggingface import HUB_NAMES, find_folder
 from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
@@ -109,8 +110,10 @@ def refuse_several_processes(environment) -> None:
 
 
 def check_settings(request: Request) -> None:
-    """ValueError for settings that contradict one another."""
+    """ValueError for settings that contradict one another, ImportError for one whose package is missing."""
     settings = request.settings
+    if settings.tensorboard:
+        require_tensorboard()
     if settings.text and settings.train_data:
         raise ValueError("--text and --train-data both name what to train on; give one of them")
     if settings.val_data and not settings.train_data:

@@ -3,14 +3,15 @@
     recipe.toml                     all settings; there as soon as training begins (settings.py)
     train.bin val.bin               the text as tokens (dataloader.py)
     tokenizer.bin tokenizer.json    the vocabulary (tokenizer.py)
-    main.log loss.png               the losses (logs.py, plot.py)
+    main.log times.csv tensorboard  what was measured, and when (record.py)
+    loss.png                        a picture of it (plot.py)
     model_* state_* DONE_*          checkpoints (checkpoint.py)
 
     .lock                           who trains here, or did: JSON; locked as long as the process lives
 
-Programs that only read a run (generate, evaluate, plot, verify) take no lock: every file but main.log appears complete.
-Called by train.py and llmc.py: `claimed` is the block in which a run owns its folder. Calls settings.py, files.py, and
-takes the names of the data files from datasets and tokenizer.py.
+Programs that only read a run (generate, evaluate, plot, verify) take no lock: every file but those of record.py appears
+complete. Called by train.py and llmc.py: `claimed` is the block in which a run owns its folder. Calls settings.py,
+files.py, and takes the names of the files from the modules that write them.
 """
 
 import contextlib
@@ -28,11 +29,15 @@ from datetime import datetime
 from pathlib import Path
 
 from .datasets.common import TRAIN_FILE, VAL_FILE
+from .events import EVENTS_FOLDER
 from .files import final_name, parse_json
+from .logs import LOG_FILE, TIMES_FILE
 from .settings import RECIPE_FILE, RUN_MARK
 from .tokenizer import TOKENIZER_FILE
 
-_NAMES = (RECIPE_FILE, TRAIN_FILE, VAL_FILE, TOKENIZER_FILE, "tokenizer.json", "main.log", "loss.png")
+_NAMES = (
+    RECIPE_FILE, TRAIN_FILE, VAL_FILE, TOKENIZER_FILE, "tokenizer.json", LOG_FILE, TIMES_FILE, EVENTS_FOLDER, "loss.png"
+)  # fmt: skip
 _OWN_FILE = re.compile("|".join(map(re.escape, _NAMES)) + r"|model_\d{8,}\.bin|state_\d{8,}_\d{5}\.bin|DONE_\d{8,}")
 # How the name of a folder begins in which prepare.py makes the tokens of a text once more, to compare them.
 TEXT_AGAIN = ".text-"

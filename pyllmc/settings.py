@@ -178,6 +178,7 @@ class Settings:
         _count_or_zero, "steps between lines when the output is not a terminal; 0 gives about forty lines in all", 0,
         result=False,
     )  # fmt: skip
+    tensorboard: bool = option(bool, "also write events for TensorBoard, into the run's folder", False, result=False)
 
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}

@@ -28,9 +28,9 @@ from . import cli, hardware, runs
 from .checkpoint import list_steps, remove_old_checkpoints, save_checkpoint
 from .datasets import SHAKESPEARE
 from .generate import stream_text
-from .logs import MainLog, format_duration
+from .logs import format_duration
 from .optimizer import clip_scale, grad_norm
-from .plot import LOG_FILE, PICTURE_FILE, plot_losses
+from .plot import PICTURE_FILE, plot_runs
 from .prepare import (
     Request,
     Run,
@@ -42,6 +42,7 @@ from .prepare import (
     print_plan,
     refuse_several_processes,
 )
+from .record import Record
 from .schedules import learning_rate
 from .settings import (
     RECIPE_FILE,
@@ -127,7 +128,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _loop(run: Run, log: MainLog, stop: Stop) -> int:
+def _loop(run: Run, log: Record, stop: Stop) -> int:
     """Trains to the end, or to the step in which it is asked to stop; returns how many updates are done, and saved."""
     settings, console, last = run.settings, run.console, run.num_steps
     step, saved = run.start, run.start if run.start in list_steps(run.folder) else None
@@ -158,7 +159,7 @@ def _loop(run: Run, log: MainLog, stop: Stop) -> int:
         step += 1
 
 
-def _validate(run: Run, step: int, log: MainLog, stopping: Callable[[], bool]) -> None:
+def _validate(run: Run, step: int, log: Record, stopping: Callable[[], bool]) -> None:
     """The mean loss over the held-out batches; nothing if the run is asked to stop meanwhile."""
     begin = time.perf_counter()
     run.val_loader.reset()
@@ -173,7 +174,7 @@ def _validate(run: Run, step: int, log: MainLog, stopping: Callable[[], bool]) -
     run.console.line(f"{run.console.label(step)} | validation loss {run.validation_loss:.4f}")
 
 
-def _measure_hellaswag(run: Run, step: int, log: MainLog, stopping: Callable[[], bool]) -> None:
+def _measure_hellaswag(run: Run, step: int, log: Record, stopping: Callable[[], bool]) -> None:
     """The share of HellaSwag that the model gets right; nothing if the run is asked to stop meanwhile."""
     begin = time.perf_counter()
     done, right, total = 0, 0, run.hellaswag.num_examples
@@ -236,7 +237,7 @@ def _save(run: Run, step: int) -> None:
     run.console.line(f"{run.console.label(step)} | checkpoint {checkpoint.model_path}")
 
 
-def _update(run: Run, step: int, log: MainLog) -> None:
+def _update(run: Run, step: int, log: Record) -> None:
     """Update number `step`: its batches, their gradients, the norm, AdamW. A loss or norm that is not finite, or stands
     out, leaves the parameters as they are; ValueError after too many of them in a row."""
     settings, console = run.settings, run.console
@@ -266,7 +267,7 @@ def _update(run: Run, step: int, log: MainLog) -> None:
     else:
         run.optimizer.step(rate, grad_scale=clip_scale(norm, settings.grad_clip) if settings.grad_clip else 1.0)
     seconds = time.perf_counter() - begin
-    log.train(step, loss, rate, norm)
+    log.train(step, loss, rate, norm, run.pace.tokens_per_step, seconds)
     run.pace.step(seconds)
     console.step(step + 1, loss, norm, rate, seconds, run.pace, run.peak, verdict.loss_z, verdict.norm_z)
     if verdict.reason:
@@ -318,10 +319,11 @@ def _with_what_is_kept(error: OSError, folder: Path) -> OSError:
 
 
 def _train(run: Run, request: Request) -> int:
-    """The loop with its log, its bar and its signals, and what is said and drawn at the end; returns the exit code."""
+    """The loop with its record, its bar and its signals, and what is said and drawn at its end; the exit code."""
     console, folder = run.console, run.folder
     begin = time.perf_counter()
-    with Stop() as stop, contextlib.closing(MainLog(folder / LOG_FILE, run.start if request.resume else None)) as log:
+    resume_step = run.start if request.resume else None
+    with Stop() as stop, contextlib.closing(Record(folder, resume_step, run.settings.tensorboard)) as log:
         console.start(run.start)
         with contextlib.closing(console):
             done = _loop(run, log, stop)
@@ -339,7 +341,7 @@ def _train(run: Run, request: Request) -> int:
     if request.temporary:
         return 0
     try:
-        plot_losses(folder)
+        plot_runs(folder)
     except ImportError as error:
         console.line(f"no {PICTURE_FILE}: {error}; after pip install matplotlib:  {_command('plot', folder)}")
     console.line(f"{folder}: {', '.join(runs.run_files(folder))}")

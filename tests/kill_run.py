@@ -34,6 +34,7 @@ from pathlib import Path
 from pyllmc import cli, hardware, runs, train
 from pyllmc.backends import backend
 from pyllmc.files import sha256_of
+from pyllmc.logs import TIMES_FILE
 
 TINY = ["--layers", "1", "--heads", "2", "--channels", "16", "--context", "16", "--seq-len", "16"]
 LARGER = [
@@ -241,9 +242,11 @@ class Scene:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hash of every file that the same run leaves the same: all but the picture and the lock."""
-    names = set(os.listdir(folder)) - {"loss.png", runs._LOCK_FILE}
-    return {name: sha256_of(folder / name) for name in sorted(names)}
+    """The hash of every file that the same run leaves the same: all but the picture and the lock; of the times all but
+    the seconds."""
+    names = set(os.listdir(folder)) - {"loss.png", runs._LOCK_FILE, TIMES_FILE}
+    times = re.sub(r",[0-9.]+$", "", (folder / TIMES_FILE).read_text(), flags=re.M)
+    return {name: sha256_of(folder / name) for name in sorted(names)} | {TIMES_FILE: times}
 
 
 # ---- what can happen to a run ---------------------------------------------------------------------------------------

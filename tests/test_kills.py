@@ -115,7 +115,7 @@ def test_main_log_is_on_the_disk_before_a_checkpoint_counts(options, monkeypatch
 
 SPOILT = """
 import contextlib, sys
-import kill_run, pyllmc.checkpoint, pyllmc.logs, pyllmc.train
+import kill_run, pyllmc.checkpoint, pyllmc.logs, pyllmc.record
 
 @contextlib.contextmanager
 def in_place(path):
@@ -126,7 +126,7 @@ class Growing(pyllmc.logs.MainLog):
     def __init__(self, path, resume_step=None):
         self._path, self._file = path, open(path, "a", encoding="ascii", buffering=1)
 
-pyllmc.checkpoint.atomic_write, pyllmc.train.MainLog = in_place, Growing
+pyllmc.checkpoint.atomic_write, pyllmc.record.MainLog = in_place, Growing
 sys.exit(kill_run.main(["--points", "kinds", "--full", "none", "--sigkills", "0"]))
 """
 

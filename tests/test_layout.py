@@ -20,11 +20,11 @@ PROGRAMS, CHOICE, BACKENDS = "programs", "the choice of a backend", "backends"
 LAYERS = {
     "the package": "pyllmc",
     PROGRAMS: "llmc train generate evaluate convert verify plot __main__ datasets.__main__",
-    "what a run needs": "prepare provenance runs settings datasets",
+    "what a run needs": "prepare provenance runs record curves settings datasets",
     "what is computed, and its files": "model optimizer schedules outliers hellaswag checkpoint dataloader ops "
     "modelfile statefile huggingface",
     "tokens": "tokenizer tokenfile evalfile",
-    "ground": "config tensors rng files floats safetensors hardware logs cli",
+    "ground": "config tensors rng files floats safetensors hardware logs events cli",
     CHOICE: "backends",
     BACKENDS: "_ops _cuda",
 }

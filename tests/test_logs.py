@@ -22,7 +22,7 @@ def test_figures():
     assert [logs.format_duration(t) for t in times] == [
         "0.0 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "1 min 52 s", "1 h 00 min", "3 h 05 min", "2 d 4 h"
     ]  # fmt: skip
-    assert [logs.format_share(x) for x in (0.003, 0.41, 1.0)] == ["0.3%", "41%", "100%"]
+    assert [logs.format_share(x) for x in (0.003, 0.41, 1.0, None)] == ["0.3%", "41%", "100%", "n/a"]
     assert logs.aligned([("a", "1"), ("long", "2\n3")]) == "a     1\nlong  2\n      3"
 
 
@@ -120,6 +120,33 @@ def test_a_step_without_end_is_no_step(tmp_path):
     assert (tmp_path / "main.log").read_text() == "s:1 trl:2.0\n"
 
 
+def write_times(path, steps, **options) -> None:
+    times = logs.Times(path, **options)
+    for step in steps:
+        times.train(step, 64, 0.25 + step)
+    times.close()
+
+
+def test_times(tmp_path):
+    write_times(tmp_path / "times.csv", range(2))
+    assert (tmp_path / "times.csv").read_text() == "step,tokens,seconds\n0,64,0.250000\n1,64,1.250000\n"
+    with open(tmp_path / "times.csv", "a") as file:
+        file.write("nonsense\n1,32,0.500000\n-1,1,1.000000\n3,1,nan\n2,64,0.2")
+    assert logs.read_times(tmp_path / "times.csv") == {0: (64, 0.25), 1: (32, 0.5)}
+
+
+def test_resumed_times_have_each_step_once(tmp_path):
+    write_times(tmp_path / "whole.csv", range(10))
+    write_times(tmp_path / "parts.csv", range(7))
+    with open(tmp_path / "parts.csv", "a") as file:
+        file.write("7,64,7.")
+    write_times(tmp_path / "parts.csv", range(4, 10), resume_step=4)
+    assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    # Those of a run that another program began, which wrote none, begin where it goes on.
+    write_times(tmp_path / "late.csv", [4], resume_step=4)
+    assert (tmp_path / "late.csv").read_text() == "step,tokens,seconds\n4,64,4.250000\n"
+
+
 def test_new_log_replaces_an_old_one(tmp_path):
     write_log(tmp_path / "main.log", range(5))
     write_log(tmp_path / "main.log", range(1))
@@ -197,6 +224,17 @@ def test_about_forty_lines(capsys, pace):
         assert min(total, 40) <= len(capsys.readouterr().out.splitlines()) <= 51
 
 
+def all_that_was_shown(controller: int) -> str:
+    """What went to a terminal that is closed by now; it comes in pieces."""
+    data = b""
+    # When all has been read, the closed terminal is an end of file on some systems and an error on others.
+    with contextlib.suppress(OSError):
+        while piece := os.read(controller, 100_000):
+            data += piece
+    os.close(controller)
+    return data.decode()
+
+
 def test_one_bar_on_a_terminal(pace, monkeypatch):
     """Also on a terminal that does not know its size, as those of containers."""
     controller, terminal = pty.openpty()
@@ -205,18 +243,34 @@ def test_one_bar_on_a_terminal(pace, monkeypatch):
         monkeypatch.setenv("COLUMNS", "90")
         monkeypatch.setattr(logs.tqdm, "__init__", patient(logs.tqdm.__init__))
         drive(logs.Console(100, log_every=25), pace)
-    data = b""
-    # When all has been read, the closed terminal is an end of file on some systems and an error on others.
-    with contextlib.suppress(OSError):
-        while piece := os.read(controller, 100_000):
-            data += piece
-    os.close(controller)
-    shown = data.decode()
+    shown = all_that_was_shown(controller)
     assert "  2% |" in shown and "/100  loss 2.000  100k tok/s  0.5 s left" in shown
     assert " | loss" not in shown
     # What stays on the screen: everything after the last return to the start of its line.
     lines = shown.replace("\r\n", "\n").split("\n")
     assert [line.rpartition("\r")[2].rstrip() for line in lines] == ["a line", "the end", ""]
+
+
+@pytest.mark.parametrize("columns", [10, 30, 60])
+def test_on_a_narrow_terminal_the_words_come_before_the_bar(columns, monkeypatch):
+    controller, terminal = pty.openpty()
+    with open(terminal, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(logs.tqdm, "__init__", patient(logs.tqdm.__init__))
+        console = logs.Console(20_000)
+        console.start(0)
+        console.step(400, 2.0, 0.5, 1e-3, 0.01, logs.Pace(20_000, 1000, 10_000, 0.5), 10.0)
+        console.close()
+    shown = all_that_was_shown(controller)
+    drawn = [line for line in shown.split("\r") if line.strip()]
+    assert max(map(len, drawn)) <= columns
+    assert drawn[-1].rstrip() == "  0%  loss 2.000  2.0k tok/s  2 h 43 min left"[:columns].rstrip()
+
+
+def test_a_peak_that_nobody_knows(pace, capsys):
+    logs.Console(100).step(1, 2.0, 0.5, 1e-3, 0.01, pace, None)
+    assert " | n/a of peak | " in capsys.readouterr().out
 
 
 def test_activity_is_in_the_bar_only(pace, monkeypatch, capsys):
@@ -231,8 +285,7 @@ def test_activity_is_in_the_bar_only(pace, monkeypatch, capsys):
         console.activity("counting 1/2")
         console.step(1, 2.0, 0.5, 1e-3, 0.01, pace, 10.0)
         console.close()
-    assert b"0/100  counting 1/2" in os.read(controller, 100_000)
-    os.close(controller)
+    assert "0/100  counting 1/2" in all_that_was_shown(controller)
 
 
 def patient(init):

@@ -1,4 +1,4 @@
-"""Pictures of runs: what is drawn, where it goes, and the table where matplotlib is missing."""
+"""Pictures of runs: what is drawn, along which axis, where it goes, and the table where matplotlib is missing."""
 
 import math
 import os
@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from pyllmc import cli, plot
+from pyllmc import cli, curves, plot
 from pyllmc.config import GPT2Config
-from pyllmc.logs import MainLog
+from pyllmc.logs import MainLog, Times
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def make_run(folder: Path, steps: int = 100, last: float = 1.5, hellaswag: bool = False) -> Path:
+def make_run(folder: Path, steps: int = 100, last: float = 1.5, hellaswag: bool = False, seconds: float = 0.0) -> Path:
+    """A run of 50 tokens a step; with `seconds`, which each of its steps took, in times.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     log = MainLog(folder / "main.log")
+    if seconds:
+        times = Times(folder / "times.csv")
+        for step in range(steps):
+            times.train(step, 50, seconds)
+        times.close()
     for step in range(steps + 1):
         loss = last + 2.5 * math.exp(-8 * step / steps)
         if step % 20 == 0:
@@ -41,11 +47,23 @@ def run(*arguments) -> int:
     return cli.run_main(plot.main, [str(argument) for argument in arguments])
 
 
+def draw(folders, *show: str, over: str = "steps") -> dict:
+    """The panels of the picture, by name, as matplotlib's axes."""
+    runs = curves.read_runs(folders, over)
+    panels = plot.choose_panels(runs, show)
+    return dict(zip(panels, plot._draw(runs, panels, over).axes, strict=True))
+
+
+def labels_of(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
 def test_smoothed():
-    assert plot.smoothed([3.0, 3.0, 3.0], 0.9) == pytest.approx([3, 3, 3])
-    assert plot.smoothed([1.0, 2.0], 0.5) == pytest.approx([1, (0.25 + 1) / 0.75])
-    assert plot.smoothed([1.0, math.nan, 1.0], 0.9) == pytest.approx([1, 1, 1])
-    assert plot.smoothed([5.0, 1.0], 0.0) == [5, 1]
+    assert curves.smoothed([3.0, 3.0, 3.0], 0.9) == pytest.approx([3, 3, 3])
+    assert curves.smoothed([1.0, 2.0], 0.5) == pytest.approx([1, (0.25 + 1) / 0.75])
+    assert curves.smoothed([1.0, math.nan, 1.0], 0.9) == pytest.approx([1, 1, 1])
+    assert curves.smoothed([1.0, math.inf, 1.0], 0.9) == pytest.approx([1, 1, 1])
+    assert curves.smoothed([5.0, 1.0], 0.0) == curves.smoothed([5.0, 1.0]) == [5, 1]
 
 
 def test_picture_of_one_run(tmp_path, capsys):
@@ -61,60 +79,175 @@ def test_picture_of_several_runs(tmp_path, monkeypatch):
     folders = [make_run(tmp_path / name, last=last) for name, last in (("a", 1.5), ("b", 1.8), ("b/a", 2.0))]
     assert run(*folders) == 0
     assert Path("loss.png").read_bytes().startswith(PNG)
-    assert list(plot.read_runs(folders)) == ["a", "b", str(tmp_path / "b/a")]
+    assert [run.name for run in curves.read_runs(folders)] == ["a", "b", str(tmp_path / "b/a")]
 
 
 def test_what_is_drawn(tmp_path):
-    (axes,) = plot._draw(plot.read_runs([make_run(tmp_path / "run")]), {}).axes
+    axes = draw([make_run(tmp_path / "run")])["loss"]
     faint, train, validation = axes.lines
     assert len(faint.get_xdata()) == len(train.get_xdata()) == 100
     assert list(validation.get_xdata()) == [0, 20, 40, 60, 80, 100]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = labels_of(axes)
     assert labels[0].startswith("training (last 1.5") and labels[1] == "validation (last 1.601, best 1.601)"
     assert axes.get_ylabel() == "loss (nats per token)" and axes.get_yscale() == "log"
+    # The last figure stands beside its point, and the title is the run's.
+    assert [text.get_text() for text in axes.texts] == ["1.601"] and axes.get_title(loc="left") == "run"
 
 
-def labels_of(axes) -> list[str]:
-    return [text.get_text() for text in axes.get_legend().get_texts()]
+def test_a_panel_for_everything_that_a_run_has(tmp_path):
+    panels = draw([make_run(tmp_path / "a", hellaswag=True, seconds=0.25)])
+    assert {name: axes.get_ylabel() for name, axes in panels.items()} == {
+        "loss": "loss (nats per token)", "hellaswag": "HellaSwag accuracy", "lr": "learning rate",
+        "norm": "gradient norm", "speed": "tokens/s",
+    }  # fmt: skip
+    assert [axes.get_xlabel() for axes in panels.values()] == [""] * 4 + ["step"]
+    (rate,) = panels["lr"].lines
+    assert len(rate.get_xdata()) == 100 and set(rate.get_ydata()) == {0.001}
+    for name, value in (("norm", 0.5), ("speed", 200)):
+        for line in panels[name].lines:
+            assert list(line.get_ydata()) == pytest.approx([value] * 100)
+    assert panels["speed"].get_ylim()[0] == 0
+    assert [labels_of(axes) for axes in panels.values()][2:] == [[], [], []]
+    assert plot.plot_runs(tmp_path / "a").read_bytes().startswith(PNG)
 
 
-def test_accuracy_has_a_panel_of_its_own(tmp_path):
-    runs = plot.read_runs([make_run(tmp_path / "a", hellaswag=True)])
-    losses, accuracy = plot._draw(runs, {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}).axes
-    assert len(losses.lines) == 3 and losses.get_ylabel() == "loss (nats per token)"
-    curve, *dashes = accuracy.lines
+def test_only_the_panels_asked_for_in_their_order(tmp_path):
+    folder = make_run(tmp_path / "a", hellaswag=True, seconds=0.25)
+    assert list(draw([folder], "speed", "hellaswag")) == ["hellaswag", "speed"]
+    assert list(draw([make_run(tmp_path / "b")])) == ["loss", "lr", "norm"]
+    assert run(folder, "--show", "norm,lr", "--out", tmp_path / "p.png") == 0
+
+
+def test_norms_of_every_size_are_seen(tmp_path):
+    norms = [30.0, math.nan, math.inf, 0.0, 0.5]
+    (tmp_path / "main.log").write_text("".join(f"s:{i} trl:3 lr:0.1 norm:{n}\n" for i, n in enumerate(norms)))
+    panels = draw([tmp_path])
+    assert panels["norm"].get_yscale() == "log" and panels["loss"].get_yscale() == "linear"
+
+
+def test_accuracy_and_what_others_reach(tmp_path, monkeypatch):
+    others = {"loss": {"GPT-2 124M": 3.424958}, "hellaswag": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
+    monkeypatch.setattr(plot, "reached", lambda runs: others)
+    panels = draw([make_run(tmp_path / "a", hellaswag=True)])
+    curve, *dashes = panels["hellaswag"].lines
     assert list(curve.get_xdata()) == [20, 40, 60, 80, 100] and curve.get_ydata()[-1] == 0.35
     assert [line.get_ydata()[0] for line in dashes] == [0.294463, 0.337]
-    assert labels_of(accuracy) == ["this run (last 0.3500, best 0.3500)", "GPT-2 124M (0.2945)", "GPT-3 125M (0.3370)"]
-    assert losses.get_xlabel() == "" and accuracy.get_xlabel() == "step"
-    assert plot.plot_losses(tmp_path / "a").read_bytes().startswith(PNG)
+    assert labels_of(panels["hellaswag"]) == [
+        "this run (last 0.3500, best 0.3500)", "GPT-2 124M (0.2945)", "GPT-3 125M (0.3370)"
+    ]  # fmt: skip
+    assert panels["loss"].lines[3].get_ydata()[0] == 3.424958
+    assert labels_of(panels["loss"])[2] == "GPT-2 124M on FineWeb (3.425)"
 
 
-def test_runs_with_and_without_accuracy_in_one_picture(tmp_path):
+def test_a_line_to_compare_with_is_always_in_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "reached", lambda runs: {"loss": {"GPT-2 124M": 0.9}})
+    low, high = draw([make_run(tmp_path / "a")])["loss"].get_ylim()
+    assert low < 0.9 < high
+
+
+def test_several_runs_have_a_colour_each_and_are_named_once(tmp_path):
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", hellaswag=True)]
-    _, accuracy = plot._draw(plot.read_runs(folders), {}).axes
-    assert labels_of(accuracy) == ["b (last 0.3500, best 0.3500)"]
+    panels = draw(folders)
+    assert labels_of(panels["hellaswag"]) == ["b (last 0.3500, best 0.3500)"]
+    assert [label.partition(" (")[0] for label in labels_of(panels["loss"])] == [
+        "a, training", "a, validation", "b, training", "b, validation"
+    ]  # fmt: skip
+    colours = [line.get_color() for line in panels["loss"].lines]
+    assert colours == [plot.COLOURS[0]] * 3 + [plot.COLOURS[1]] * 3
+    assert not panels["loss"].texts and panels["loss"].get_title(loc="left") == "2 runs"
+    assert labels_of(panels["lr"]) == [] and labels_of(draw(folders, "lr", "norm")["lr"]) == ["a", "b"]
 
 
-def test_accuracy_is_in_the_table(tmp_path):
-    lines = plot.loss_table(plot.read_runs([make_run(tmp_path / "a", hellaswag=True)])).splitlines()
-    assert lines[1].split() == ["step", "training", "validation", "HellaSwag"]
-    assert lines[-1].split()[-1] == "0.3500" and len(lines[2].split()) == 3
+# ---- axes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "over, seconds, label, end",
+    [
+        ("steps", 0.25, "step", 100),
+        ("tokens", 0.25, "tokens trained on", 5000),
+        ("time", 0.25, "training time (seconds)", 25),
+        ("time", 12.0, "training time (minutes)", 20),
+        ("time", 180.0, "training time (hours)", 5),
+    ],
+)
+def test_axes(over, seconds, label, end, tmp_path):
+    panels = draw([make_run(tmp_path / "a", seconds=seconds)], over=over)
+    _, train, validation = panels["loss"].lines
+    # Validations, as the batch of a step, come before its update.
+    assert list(validation.get_xdata()) == pytest.approx([end * share for share in (0, 0.2, 0.4, 0.6, 0.8, 1)])
+    assert train.get_xdata()[[0, -1]] == pytest.approx([0, end * 0.99])
+    assert panels["speed"].get_xlabel() == label
+    assert run(tmp_path / "a", "--over", over) == 0
+
+
+def test_a_step_of_another_size_moves_all_after_it(tmp_path):
+    make_run(tmp_path, steps=4, seconds=1.0)
+    (tmp_path / "times.csv").write_text("step,tokens,seconds\n0,50,1.0\n1,50,1.000000\n0,10,3.000000\n2,50,0.500000\n")
+    # The last update is missing, as in a run that was stopped between two lines: none of its figures is yet known.
+    (tmp_path / "main.log").write_text("s:0 trl:3\ns:1 trl:3\ns:2 trl:3\ns:3 trl:3\n")
+    assert curves.read_runs([tmp_path], "tokens")[0].positions == [0, 10, 60, 110]
+    assert curves.read_runs([tmp_path], "time")[0].positions == [0, 3, 4, 4.5]
+
+
+@pytest.mark.parametrize(
+    "times, words", [(None, "is not there"), ("1,50,1.000000\n2,50,1.000000\n", "has no line for step 0")]
+)
+@pytest.mark.parametrize("over", ["tokens", "time"])
+def test_a_run_that_does_not_tell_its_tokens_and_time(times, words, over, tmp_path, capsys):
+    """One of llm.c's, or one that it began; also among others."""
+    whole, bare = make_run(tmp_path / "whole", seconds=1.0), make_run(tmp_path / "bare")
+    if times:
+        (bare / "times.csv").write_text(times)
+    assert run(whole, bare, "--over", over) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {bare / 'times.csv'}: {words}") and f"not over {over}" in err
+    assert err.count("\n") == 1
+    assert run(whole, bare, "--out", tmp_path / "p.png") == 0
+
+
+# ---- what others reach ----------------------------------------------------------------------------------------------
+
+
+def save_header(folder: Path, config: GPT2Config) -> None:
+    """A checkpoint in its outward form, as large as it must be."""
+    header = [20240326, 3, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads]
+    with open(folder / "model_00000100.bin", "wb") as file:
+        file.write(struct.pack("<256i", *header, config.channels, config.padded_vocab_size, *[0] * 248))
+        file.truncate(1024 + 4 * config.num_parameters_padded)
+    for rest in ("state_00000100_00000.bin", "DONE_00000100"):
+        (folder / rest).touch()
 
 
 def test_what_others_reach_is_that_of_the_runs_size(tmp_path):
     for name, config in (("small", GPT2Config(1, 1, 4, 50, 8)), ("deep", GPT2Config(12, 12, 768, 5, 8))):
-        folder = make_run(tmp_path / name, hellaswag=True)
-        header = [20240326, 3, config.max_seq_len, config.vocab_size, config.num_layers, config.num_heads]
-        size = 4 * config.num_parameters_padded
-        with open(folder / "model_00000100.bin", "wb") as file:
-            file.write(struct.pack("<256i", *header, config.channels, config.padded_vocab_size, *[0] * 248))
-            file.truncate(1024 + size)
-        for rest in ("state_00000100_00000.bin", "DONE_00000100"):
-            (folder / rest).touch()
-    assert plot.reached([tmp_path / "small"]) == plot.reached([tmp_path]) == {}
-    gpt2 = {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}
-    assert plot.reached([tmp_path / "deep", tmp_path / "small"]) == plot.reached([tmp_path / "deep/main.log"]) == gpt2
+        save_header(make_run(tmp_path / name), config)
+    make_run(tmp_path)
+    nothing = {"loss": {}, "hellaswag": {}}
+    assert curves.reached(curves.read_runs([tmp_path / "small", tmp_path])) == nothing
+    gpt2 = nothing | {"hellaswag": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
+    assert curves.reached(curves.read_runs([tmp_path / "deep", tmp_path / "small"])) == gpt2
+    assert curves.reached(curves.read_runs([tmp_path / "deep/main.log"])) == gpt2
+
+
+@pytest.mark.parametrize(
+    "files, compares",
+    [
+        ("dev/data/fineweb10B/fineweb_val_*.bin", True),
+        ("fineweb_val_000000.bin", True),
+        ("data/edu_fineweb10B/edu_fineweb_val_*.bin", False),
+        ("fineweb/runs/data/val.bin", False),
+        ("data/tiny_shakespeare_val.bin", False),
+    ],
+)
+def test_losses_compare_only_on_the_same_text(files, compares, tmp_path):
+    save_header(make_run(tmp_path), GPT2Config(24, 16, 1024, 5, 8))
+    (tmp_path / "recipe.toml").write_text(f'train_data = "train.bin"\nval_data = "/{files}"\n')
+    found = curves.reached(curves.read_runs([tmp_path]))
+    assert found["loss"] == ({"GPT-2 350M": 3.083089} if compares else {}) and len(found["hellaswag"]) == 2
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, start", [("p.svg", b"<?xml"), ("p.PDF", b"%PDF"), ("p.png", PNG)])
@@ -129,7 +262,11 @@ def test_formats(name, start, tmp_path):
 def test_run_that_has_just_begun(lines, tmp_path):
     (tmp_path / "main.log").write_text(lines)
     assert run(tmp_path) == 0
-    plot.loss_table(plot.read_runs([tmp_path]))
+    runs = curves.read_runs([tmp_path])
+    plot.table(runs, plot.choose_panels(runs))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def test_table_without_matplotlib(tmp_path, capsys, no_matplotlib):
@@ -137,11 +274,26 @@ def test_table_without_matplotlib(tmp_path, capsys, no_matplotlib):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "run"
-    assert lines[1].split() == ["step", "training", "validation"]
+    assert lines[1].split() == ["step", "training", "validation", "lr", "norm"]
     assert [line.split()[0] for line in lines[2:]] == ["0", "20", "40", "60", "80", "100"]
-    assert len(lines[-1].split()) == 3
+    # The last validation comes after the last training step, whose figures stand beside it.
+    assert lines[-1].split() == ["100", "1.5009", "1.6008", "1.00e-03", "0.5000"]
     assert "pip install matplotlib" in err
     assert not (tmp_path / "run/loss.png").exists()
+
+
+def test_table_along_an_axis_with_the_panels_asked_for(tmp_path, capsys, no_matplotlib):
+    folders = [make_run(tmp_path / "a", hellaswag=True, seconds=12.0), make_run(tmp_path / "b", seconds=12.0)]
+    assert run(*folders, "--over", "time", "--show", "loss,hellaswag,speed") == 0
+    a, b = capsys.readouterr().out.split("\nb\n")
+    names = "step training time (minutes) training validation HellaSwag tok/s".split()
+    assert a.splitlines()[1].split() == names and "HellaSwag" not in b
+    assert a.splitlines()[-1].split()[:2] == ["100", "20.00"] and a.splitlines()[-1].split()[-2:] == ["0.3500", "4"]
+    assert run(folders[0], "--over", "tokens", "--show", "loss") == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["100", "5.0k", "1.5009", "1.6008"]
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,6 +302,7 @@ def test_table_without_matplotlib(tmp_path, capsys, no_matplotlib):
         (["none"], "none/main.log: No such file"),
         (["empty"], "no losses"),
         (["run", "--out", "p.bmp"], "must end in .png"),
+        (["run", "--show", "loss,hellaswag"], "--show hellaswag: not measured in run"),
     ],
 )
 def test_bad_input(arguments, words, tmp_path, monkeypatch, capsys):
@@ -162,9 +315,17 @@ def test_bad_input(arguments, words, tmp_path, monkeypatch, capsys):
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [["--show", "loss,speeds"], ["--show", ""], ["--over", "words"]])
+def test_bad_command_line(arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(make_run(tmp_path / "run"), *arguments)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["x^{$", "$a$", "line\nbreak", "o\udcff"])
 def test_any_folder_name_may_stand_in_the_picture(name, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
     (folder / "main.log").write_text("s:0 trl:3.0 lr:0.1 norm:1\ns:1 trl:2.0 lr:0.1 norm:1\n")
-    assert plot.plot_losses(folder).exists()
+    assert plot.plot_runs(folder).exists()

@@ -23,7 +23,7 @@ SMALL = [
     "--sample-every", "4", "--sample-length", "20", "--checkpoint-every", "4", "--threads", "1",
 ]  # fmt: skip
 FILES = [
-    "main.log", "recipe.toml", "tokenizer.bin", "tokenizer.json", "train.bin", "val.bin", "loss.png",
+    "main.log", "times.csv", "recipe.toml", "tokenizer.bin", "tokenizer.json", "train.bin", "val.bin", "loss.png",
     f"DONE_{STEPS:08d}", f"model_{STEPS:08d}.bin", f"state_{STEPS:08d}_00000.bin",
 ]  # fmt: skip
 TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
@@ -54,7 +54,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 
 def content(folder: str) -> dict[str, bytes]:
     """What must be the same after a resumed and an uninterrupted run."""
-    return {name: Path(folder, name).read_bytes() for name in FILES if name != "loss.png"}
+    return {name: Path(folder, name).read_bytes() for name in FILES if name not in ("loss.png", "times.csv")}
 
 
 def visible(folder: str = ".") -> list[str]:
@@ -96,6 +96,19 @@ def test_main_log_follows_llm_c():
     assert len(lines) == len(steps) + len(validations)
     # Validation comes before the update of the same step, and after the last one.
     assert lines[0].startswith("s:0 tel") and lines[1].startswith("s:0 trl") and lines[-1].startswith("s:8 tel")
+
+
+def test_times_have_every_step_once():
+    """Also after a resume: a run that is over but for its last checkpoint does its last steps again."""
+    run()
+    for name in FILES[-3:]:
+        Path("out/notes", name).unlink()
+    assert run("--resume") == 0
+    header, *lines = Path("out/notes/times.csv").read_text().splitlines()
+    assert header == "step,tokens,seconds"
+    rows = [line.split(",") for line in lines]
+    assert [(int(step), int(tokens)) for step, tokens, _ in rows] == [(step, 4 * 16) for step in range(STEPS)]
+    assert all(0 < float(seconds) < 60 for *_, seconds in rows)
 
 
 def test_console_output(capsys):

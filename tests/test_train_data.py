@@ -25,7 +25,10 @@ SMALL = [
     "--sample-every", "0", "--val-every", "2", "--out", "run", "--log-every", "1",
 ]  # fmt: skip
 TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
-RUN_FILES = {"main.log", "recipe.toml", "loss.png", "DONE_00000004", "model_00000004.bin", "state_00000004_00000.bin"}
+RUN_FILES = {
+    "main.log", "times.csv", "recipe.toml", "loss.png", "DONE_00000004", "model_00000004.bin",
+    "state_00000004_00000.bin",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
