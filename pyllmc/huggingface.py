@@ -10,7 +10,7 @@
 
 What transformers would compute in another way, or with other weights, is refused; so are pickles, which can run any
 program. Called by model.py, settings.py, prepare.py, generate.py and convert.py; calls config.py, tensors.py,
-safetensors.py, floats.py, tokenizer.py, files.py, hardware.py and, for arrays that suit the ops, backends.py.
+safetensors.py, floats.py, tokenizer.py, files.py, hub.py, hardware.py and, for arrays that suit the ops, backends.py.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .config import GPT2Config
 from .files import atomic_writes, open_regular, read_json
 from .floats import CHUNK, DTYPES, read_floats, write_floats
 from .hardware import require_memory
+from .hub import fetch_snapshot
 from .tensors import FLOAT_BYTES, TENSORS, Tensor, check_flat, tensor_shapes, views
 from .tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer, find_tokenizer
 
@@ -449,20 +450,5 @@ def find_folder(name: str | os.PathLike) -> Path:
 
 @functools.cache
 def _fetch(name: str) -> Path:
-    otherwise = "or download its config.json and model.safetensors in another way and name their folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            f"{name}: no folder here has this name; to fetch it from the Hugging Face hub: pip install "
-            f"huggingface_hub, {otherwise}"
-        ) from None
-    files = [CONFIG_FILE, MODEL_FILE, INDEX_FILE, "model-*.safetensors"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # of a kind that depends on its version, and on the library that it reaches the net by
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(
-            f"{name}: no folder here has this name, and the Hugging Face hub does not give it ({reason:.160}); try "
-            f"again, {otherwise}"
-        ) from None
+    files = (CONFIG_FILE, MODEL_FILE, INDEX_FILE, "model-*.safetensors")
+    return fetch_snapshot(name, files, f"name a folder that is here, with {CONFIG_FILE} and {MODEL_FILE} in it")

@@ -1,8 +1,10 @@
 """pyllmc/datasets/documents.py: plain text, JSON lines and Parquet to documents, and what is wrong with a file."""
 
 import json
+import random
 import re
 import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -115,11 +117,11 @@ def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
 # ---- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def write_parquet(path, **columns):
+def write_parquet(path, row_group_size=300, **columns):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow (pip install 'pyllmc[parquet]')")
     import pyarrow
 
-    parquet.write_table(pyarrow.table(columns), path, row_group_size=300)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
     return pyarrow
 
 
@@ -130,6 +132,20 @@ def test_parquet(tmp_path):
     assert texts_in(path) == texts
     write_parquet(path, body=pyarrow.array(["ñ"], pyarrow.large_string()))
     assert texts_in(path, "body") == ["ñ"]
+
+
+@pytest.mark.parametrize("group", [100, 10_000])
+def test_parquet_is_not_read_whole(tmp_path, monkeypatch, group):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10_000)
+    path = tmp_path / "t.parquet"
+    rng = random.Random(1)
+    write_parquet(path, row_group_size=group, text=[rng.randbytes(1000).hex() for _ in range(4000)])
+    tracemalloc.start()
+    try:
+        assert sum(len(text) for text, _ in read_documents(path, "text", lambda count: None)) == 4000 * 2000
+        assert tracemalloc.get_traced_memory()[1] < 3_500_000 < path.stat().st_size / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_bad_parquet(tmp_path, capsys):

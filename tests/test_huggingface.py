@@ -259,11 +259,11 @@ def test_a_name_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch):
         raise RuntimeError("no route\nand a page of advice")
 
     fake_hub(monkeypatch, no_network)
-    with pytest.raises(OSError, match=r"openai-community/gpt2: .*\(no route\); try .*name their folder") as error:
+    with pytest.raises(OSError, match=r"openai-community/gpt2: .*\(no route\); try .*name a folder") as error:
         GPT2.from_pretrained("gpt2")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub, or .* name their folder"):
+    with pytest.raises(ImportError, match=r"pip install 'pyllmc\[hub\]', or name a folder"):
         GPT2.from_pretrained("gpt2")
     for name in ("no/such/folder", "../folder", "a b", "", "a\0b"):
         with pytest.raises(ValueError, match="there is no such folder"):

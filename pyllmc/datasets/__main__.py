@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from .. import runs
 from ..cli import ArgumentParser, run_main
-from . import hellaswag, shakespeare, text, tinyshakespeare, tinystories
+from . import fineweb, hellaswag, shakespeare, text, tinyshakespeare, tinystories
 
 DATASETS = {
     "shakespeare": shakespeare,
     "tinyshakespeare": tinyshakespeare,
     "tinystories": tinystories,
+    "fineweb": fineweb,
     "hellaswag": hellaswag,
     "text": text,
 }

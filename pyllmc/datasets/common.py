@@ -91,7 +91,7 @@ def split_files(
     """
     contents = tokenizer.contents(folder / TOKENIZER_FILE)
     targets = (folder / train_file, folder / val_file, *contents)
-    _check_replaceable(targets, inputs)
+    check_replaceable(targets[:2], targets[2:], inputs=inputs)
     with new_folder(folder), atomic_writes(*targets) as (train, val, *others):
         writers = TokenWriter(train), TokenWriter(val)
         yield writers
@@ -101,21 +101,23 @@ def split_files(
             file.write(content)
 
 
-def _check_replaceable(targets: Sequence[Path], inputs: Iterable[Path]) -> None:
-    """ValueError unless those of the targets that exist are no input, and what a dataset made before left there."""
-    there = [target for target in targets if target.exists()]
+def check_replaceable(
+    token_files: Sequence[Path], contents: Sequence[Path] = (), *, inputs: Iterable[Path] = ()
+) -> None:
+    """ValueError unless those of the files that exist are no input, and what a dataset made before left there.
+    `contents` are a tokenizer's two files, or none."""
+    there = [target for target in (*token_files, *contents) if target.exists()]
     for path, target in itertools.product(inputs, there):
         if target.samefile(path):
             raise ValueError(f"{target}: is what the tokens are to be made of; choose another folder to write to")
-    train, val, tokenizer, kind = targets
     try:
-        for path in (train, val):
+        for path in token_files:
             if path in there:
                 read_shard(path)
-        if tokenizer in there:
-            Tokenizer.load(tokenizer)
-        elif kind in there:
-            raise ValueError(f"{kind}: is there without {tokenizer.name}")
+        if contents and contents[0] in there:
+            Tokenizer.load(contents[0])
+        elif contents and contents[1] in there:
+            raise ValueError(f"{contents[1]}: is there without {contents[0].name}")
     except ValueError as error:
         raise ValueError(f"{error}; this file is not replaced: move it, or choose another folder to write to") from None
 
@@ -210,20 +212,21 @@ def make_tokenizer(kind: str, texts: Iterable[str]) -> Tokenizer:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def add_common_options(parser: ArgumentParser, name: str, tokenizer: str) -> None:
-    """The options that every dataset has; `tokenizer` is the kind it has by default."""
+def add_common_options(parser: ArgumentParser, name: str, tokenizer: str | None) -> None:
+    """The options that every dataset has; `tokenizer` is the kind it has by default, None if it is GPT-2's always."""
     parser.add_argument("--output", type=Path, default=Path("data", name), metavar="FOLDER", help="where to write")
-    parser.add_argument(
-        "--tokenizer",
-        choices=tuple(KINDS),
-        default=tokenizer,
-        help="what a token is: a character, or GPT-2's byte pairs",
-    )
+    if tokenizer is not None:
+        parser.add_argument(
+            "--tokenizer",
+            choices=tuple(KINDS),
+            default=tokenizer,
+            help="what a token is: a character, or GPT-2's byte pairs",
+        )
     parser.add_argument(
         "--workers", type=positive_int, metavar="N", help="threads that tokenise, one per processor by default"
     )
 
 
-def add_input_option(parser: ArgumentParser, what: str) -> None:
+def add_input_option(parser: ArgumentParser, what: str, metavar: str = "FILE") -> None:
     """The option of those that are downloaded."""
-    parser.add_argument("--input", type=Path, metavar="FILE", help=f"{what} that is there already, not downloaded")
+    parser.add_argument("--input", type=Path, metavar=metavar, help=f"{what} that is there already, not downloaded")

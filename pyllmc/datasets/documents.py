@@ -8,8 +8,8 @@
 
 Documents without text are passed over. Line ends of plain text become line feeds; those inside JSON and Parquet stay.
 
-Called by text.py, and for what they share by common.py, tinyshakespeare.py, tinystories.py and hellaswag.py; calls
-files.py, and tokenizer.py for what ends a text.
+Called by text.py and shards.py, and for what they share by common.py, fineweb.py, tinyshakespeare.py, tinystories.py
+and hellaswag.py; calls files.py, and tokenizer.py for what ends a text.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from ..files import open_regular
@@ -176,17 +177,14 @@ def kind_of(value: object) -> str:
 
 
 def _read_parquet(path: Path, field: str, report: Callable[[int], object]) -> Iterator[Piece]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError(f"{path}: Parquet files need pyarrow; pip install 'pyllmc[parquet]'") from None
+    pyarrow, parquet = import_parquet(path)
     with open_regular(path) as opened:
         size, told = os.fstat(opened.fileno()).st_size, 0
         try:
-            with parquet.ParquetFile(opened) as file:
+            # Left to itself pyarrow reads the whole column ahead, and keeps it.
+            with parquet.ParquetFile(opened, pre_buffer=False, buffer_size=PIECE_BYTES) as file:
                 _check_column(path, file.schema_arrow, field, pyarrow.types)
-                for rows in file.iter_batches(ROWS, columns=[field]):
+                for rows in file.iter_batches(ROWS, columns=[field], use_threads=False):
                     # The bytes that belong to a row are not known: as if all were equal.
                     report(share := size * len(rows) // max(1, file.metadata.num_rows))
                     told += share
@@ -194,6 +192,16 @@ def _read_parquet(path: Path, field: str, report: Callable[[int], object]) -> It
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
     report(size - told)
+
+
+def import_parquet(place: object) -> tuple[ModuleType, ModuleType]:
+    """pyarrow and its module for Parquet; ImportError, naming `place`, where it is not installed."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError(f"{place}: Parquet files need pyarrow; pip install 'pyllmc[parquet]'") from None
+    return pyarrow, parquet
 
 
 def _check_column(path: Path, schema, field: str, types) -> None:
