@@ -1,12 +1,17 @@
 """Builds the Cython extensions of pyllmc; everything else about the package stands in pyproject.toml.
 
 The ops in pyllmc/_ops are compiled once per instruction set (ISA): the same sources, each with its own flags.
-pyllmc/_ops/isa.pyx, compiled without ISA flags, picks one at import.
+pyllmc/_ops/isa.pyx, compiled without ISA flags, picks one at import. Where nvcc is, the kernels in pyllmc/_cuda are
+compiled too and linked, with CUDA's runtime, into one extension; without nvcc the package computes on the CPU.
 
 Environment:
     CC=clang             another compiler than the one that Python was built with
     MAX_JOBS=n           compile n extensions at a time (default: the number of processors)
     PYLLMC_NO_OPENMP=1   build without threads
+    PYLLMC_CUDA=0|1|auto without CUDA; with it, or stop; with it if it can be built (the default)
+    PYLLMC_CUDA_ARCHS=.. "90a" or "80 90a": the GPUs to build for. Default: those of this machine; where it has none,
+                         80, 89, 90a, 100 and 120 as far as nvcc knows them, and PTX for all others from 80 on
+    CUDA_HOME=/folder    where nvcc is looked for before PATH
     PYLLMC_DEBUG=1       -O1 -g
     PYLLMC_SANITIZE=...  -fsanitize=..., for example address,undefined; to run such a build with gcc:
                          LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 python ...
@@ -15,11 +20,13 @@ Environment:
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -63,6 +70,16 @@ FLAGS += ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 FLAGS += ["-Wno-unused-function", "-Wno-psabi"]
 FLAGS += ["-O1", "-g"] if DEBUG else ["-O3", "-g0"]
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+
+# The kernels on a GPU: IEEE arithmetic in which products and sums may fuse; an approximation is named where it is used.
+CUDA_WANTED = os.environ.get("PYLLMC_CUDA", "auto")
+CUDA_FOLDER = Path("pyllmc/_cuda")
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS += ["-lineinfo"] if DEBUG else []
+CXX_FLAGS = ["-std=c++17", "-fvisibility=hidden", *(["-O1", "-g"] if DEBUG else ["-O2", "-g0"])]
+CUDA_ARCHS, CUDA_PTX = ("80", "89", "90a", "100", "120"), "80"
+CUDA_OLDEST = (12, 4)
+CUDA_LIBRARIES = ["cudart_static", "rt", "dl", "pthread"]
 
 # The kernels work on plain pointers, so the checks that Cython makes on Python's own sequences cost nothing: they stay.
 DIRECTIVES = {"language_level": 3, "cdivision": True, "binding": True}
@@ -125,7 +142,103 @@ def extensions():
         Extension(f"pyllmc._ops._{isa}", [f"pyllmc/_ops/_{isa}.pyx"], include_dirs=[str(here)], depends=depends)
         for isa in ISA_FLAGS
     ]
-    return [*ops, Extension("pyllmc._ops.isa", ["pyllmc/_ops/isa.pyx"])]
+    depends = [str(path) for pattern in ("*.pxi", "*.pxd", "*.h") for path in sorted(CUDA_FOLDER.glob(pattern))]
+    cuda = Extension(
+        "pyllmc._cuda.ops",
+        [str(CUDA_FOLDER / "ops.pyx")],
+        include_dirs=[str(CUDA_FOLDER)],
+        libraries=CUDA_LIBRARIES,
+        depends=depends,
+        language="c++",
+    )
+    return [*ops, cuda, Extension("pyllmc._ops.isa", ["pyllmc/_ops/isa.pyx"])]
+
+
+def output(*command):
+    """What a command prints, errors too; None where it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+class Cuda:
+    """nvcc and what it is asked for: `error` says why there will be no CUDA backend, "" where there will be one."""
+
+    def __init__(self):
+        self.error, self.archs, self.version = "", [], None
+        home = os.environ.get("CUDA_HOME", "")
+        self.nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+        self.nvcc = self.nvcc or shutil.which("nvcc")
+        if CUDA_WANTED == "0":
+            self.error = "PYLLMC_CUDA=0"
+        elif self.nvcc is None:
+            self.error = "nvcc was not found on PATH or in CUDA_HOME"
+        else:
+            self.ask()
+
+    def ask(self):
+        """The version of nvcc, the folders of its libraries, and the GPUs to build for."""
+        text = output(self.nvcc, "--version") or ""
+        match = re.search(r"release (\d+)\.(\d+)", text)
+        if match is None:
+            self.error = f"{self.nvcc} --version fails"
+            return
+        self.version = tuple(map(int, match.groups()))
+        if self.version < CUDA_OLDEST:
+            self.error = "nvcc {}.{} is older than {}.{}".format(*self.version, *CUDA_OLDEST)
+            return
+        line = re.search(r"^#\$ LIBRARIES=(.*)$", output(self.nvcc, "--dryrun", "x.cu") or "", re.MULTILINE)
+        self.library_dirs = re.findall(r'"?-L([^"\s]+)"?', line[1]) if line else []
+        self.archs = os.environ.get("PYLLMC_CUDA_ARCHS", "").replace(",", " ").split() or self.gpus_here()
+        self.gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        if not self.archs:
+            known = (output(self.nvcc, "--list-gpu-arch") or "").split()
+            self.archs = [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+            self.gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+            self.gencode.append(f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}")
+
+    def gpus_here(self):
+        """The architectures of this machine's GPUs, without those that have no bfloat16."""
+        text = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
+        found = sorted({int(match[1]) * 10 + int(match[2]) for match in re.finditer(r"^(\d+)\.(\d)$", text, re.M)})
+        return ["90a" if arch == 90 else str(arch) for arch in found if arch >= 80]
+
+    def command(self):
+        return [self.nvcc, *CUDA_FLAGS, *self.gencode]
+
+    def compile(self, folder, force):
+        """The kernels' object files, made anew where a source is newer; sets `error` where nvcc fails."""
+        headers = [path for pattern in ("*.h", "*.cuh") for path in CUDA_FOLDER.glob(pattern)]
+        newest_header = max(path.stat().st_mtime for path in headers)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source):
+            target = folder / f"{source.stem}.o"
+            newest = max(newest_header, source.stat().st_mtime)
+            if not force and target.exists() and target.stat().st_mtime > newest:
+                return ""
+            command = [*self.command(), "-c", str(source), "-o", str(target)]
+            print(*command, flush=True)
+            done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+            if done.returncode == 0:
+                return ""
+            target.unlink(missing_ok=True)
+            text = done.stderr + done.stdout
+            lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+            return lines[0] if lines else f"{self.nvcc}: exit status {done.returncode}"
+
+        sources = sorted(CUDA_FOLDER.glob("*.cu"))
+        with ThreadPoolExecutor(JOBS) as pool:
+            errors = [error for error in pool.map(compile_one, sources) if error]
+        self.error = errors[0] if errors else ""
+        return [str(folder / f"{source.stem}.o") for source in sources]
+
+    def report(self):
+        if self.error:
+            return f"no: {self.error}; the ops run on the CPU"
+        return "nvcc {}.{}, for {}".format(*self.version, ", ".join(f"sm_{arch}" for arch in self.archs))
 
 
 class Build(build):
@@ -143,8 +256,9 @@ class BuildExt(build_ext):
 
     def run(self):
         super().run()
-        for isa in self.left_out:  # by an earlier build, with another compiler
-            Path(self.get_ext_fullpath(f"pyllmc._ops._{isa}")).unlink(missing_ok=True)
+        gone = [f"pyllmc._ops._{isa}" for isa in self.left_out] + (["pyllmc._cuda.ops"] if self.cuda.error else [])
+        for name in gone:  # of an earlier build, with other settings
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
         self.report()
 
     def build_extensions(self):
@@ -156,30 +270,50 @@ class BuildExt(build_ext):
         self.require_headers_and_vectors()
 
         self.configure()
-        self.generate_c()
         settings, text = Path(self.build_temp, "settings.txt"), self.settings()
         # What was compiled with other settings is not up to date, whatever its date says.
         self.force = self.force or not settings.exists() or settings.read_text() != text
+        self.compile_kernels()
+        self.generate_c()
         super().build_extensions()
         settings.write_text(text)
 
     def configure(self):
         """Gives each extension the flags that this compiler takes."""
         flags = self.accepted(FLAGS)
+        self.cuda = Cuda()
         self.threads, (compile_flags, link_flags) = self.openmp()
         self.left_out = self.leave_out_isas(flags)
         for extension in self.extensions:
             isa = isa_of(extension)
+            if extension.language == "c++":
+                extension.extra_compile_args = CXX_FLAGS
+                continue
             extension.extra_compile_args = flags + SANITIZE_FLAGS
             extension.extra_link_args = SANITIZE_FLAGS
             if isa in ISA_FLAGS:
                 extension.extra_compile_args = flags + ISA_FLAGS[isa] + SANITIZE_FLAGS + compile_flags
                 extension.extra_link_args = SANITIZE_FLAGS + link_flags
 
+    def compile_kernels(self):
+        """nvcc's part: the CUDA extension gets the kernels' objects, or is left out."""
+        cuda = next(extension for extension in self.extensions if extension.language == "c++")
+        if not self.cuda.error:
+            cuda.extra_objects = self.cuda.compile(Path(self.build_temp, "cuda"), self.force)
+            cuda.library_dirs = self.cuda.library_dirs
+            cuda.depends = [*cuda.depends, *cuda.extra_objects]
+        if self.cuda.error:
+            if CUDA_WANTED == "1":
+                raise SystemExit(f"\npyllmc cannot be built with CUDA (PYLLMC_CUDA=1): {self.cuda.error}\n")
+            self.extensions.remove(cuda)
+
     def generate_c(self):
-        """Cython's part: the extensions' sources become C files."""
+        """Cython's part: the extensions' sources become C and C++ files."""
         generated = cythonize(
-            [Extension(extension.name, extension.sources, depends=extension.depends) for extension in self.extensions],
+            [
+                Extension(extension.name, extension.sources, depends=extension.depends, language=extension.language)
+                for extension in self.extensions
+            ],
             compiler_directives=DIRECTIVES,
             build_dir=f"build/cython/{Cython.__version__}",
             nthreads=JOBS,
@@ -191,7 +325,8 @@ class BuildExt(build_ext):
     def settings(self):
         """All that decides what the compiler makes of a source, as text."""
         of_extensions = [(each.sources, each.extra_compile_args, each.extra_link_args) for each in self.extensions]
-        return repr([self.compiler.compiler_so, self.compiler.linker_so, *of_extensions])
+        nvcc = [] if self.cuda.error else self.cuda.command()
+        return repr([self.compiler.compiler_so, self.compiler.linker_so, nvcc, *of_extensions])
 
     def error(self, source, compile_flags, link_flags=()):
         """Why the compiler that will build the extensions cannot build this program; "" where it can."""
@@ -279,7 +414,7 @@ class BuildExt(build_ext):
         lines += [f"  left out   {isa}: {why}" for isa, why in self.left_out.items()]
         lines += [
             f"  OpenMP     {self.threads}",
-            "  CUDA       no: this version computes on the CPU",
+            f"  CUDA       {self.cuda.report()}",
             f"  build      {'debug (PYLLMC_DEBUG=1)' if DEBUG else 'release'}",
         ]
         print("\n".join(lines), file=sys.stderr, flush=True)

@@ -77,7 +77,11 @@ def _cpu_rows() -> list[tuple[str, str]]:
 def _cuda() -> str:
     from . import _cuda
 
-    return "available" if _cuda.AVAILABLE else f"no: {_cuda.REASON}"
+    if not _cuda.AVAILABLE:
+        return f"no: {_cuda.REASON}"
+    gpu = _cuda.device()
+    capability = "{}.{}".format(*divmod(gpu["capability"], 10))
+    return f"available: {gpu['name']}, compute capability {capability}, {format_bytes(gpu['free'])} free"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ from .tensors import (
     ACTIVATIONS,
     FLOAT_BYTES,
     MOST_RECOMPUTE,
+    STATISTICS,
     TENSORS,
     activation_shapes,
     check_recompute,
@@ -43,7 +44,7 @@ class GPT2:
     seed         of the initial weights, which are those torch draws from the same seed
     recompute    what the backward pass computes again instead of keeping it, for less memory and the same bits:
                  0 nothing, 1 the outputs of GELU, 2 those of the layernorms too; may be changed between two calls
-    ops          the backend module that computes; None is `backend("auto")`
+    ops          the backend module that computes; None is `backend("cpu")`
     params       a flat float32 array of all parameters in file order, used instead of initial weights (on the CPU
                  without a copy)
 
@@ -56,7 +57,7 @@ class GPT2:
         check_recompute(recompute)
         self.config = config
         self.recompute = recompute
-        self.ops = backend() if ops is None else ops
+        self.ops = backend("cpu") if ops is None else ops
         if params is None:
             require_memory(FLOAT_BYTES * config.num_parameters_padded, "the model")
             params = initial_parameters(config, seed)
@@ -332,7 +333,7 @@ class Activations:
     def __init__(self, config: GPT2Config, B: int, T: int, ops, training: bool, recompute: int = 0):
         self.shape, self.recompute = (B, T), recompute
         shapes = activation_shapes(config, B, T, training, recompute)
-        arrays = {name: ops.empty(shape) for name, shape in shapes.items()}
+        arrays = {n: ops.empty(shape, "wide" if n in STATISTICS else None) for n, shape in shapes.items()}
         self.layers = layer_views(arrays, ACTIVATIONS, config.num_layers)
         self.encoded, self.losses = arrays["encoded"], arrays["losses"]
         self.lnf, self.lnf_mean, self.lnf_rstd = arrays["lnf"], arrays["lnf_mean"], arrays["lnf_rstd"]

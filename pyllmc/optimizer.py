@@ -49,8 +49,11 @@ class AdamW:
         self.weight_decay, self.decay = weight_decay, decay
         self.step_count = 0
         require_memory(2 * FLOAT_BYTES * model.config.num_parameters_padded, "the optimizer's state")
-        self.m = model.ops.zeros(model.flat_params.shape)
-        self.v = model.ops.zeros(model.flat_params.shape)
+        self.m = model.ops.zeros(model.flat_params.shape, "wide")
+        self.v = model.ops.zeros(model.flat_params.shape, "wide")
+        # The parameters to full precision, where the model has them in less: small updates would be lost on those.
+        exact = model.flat_params.dtype == self.m.dtype
+        self.master = None if exact else model.ops.from_host(model.flat_params, dtype="wide")
         self._segments = _segments(model.config, DECAYED_KINDS[decay])
 
     def step(self, learning_rate: float | None = None, grad_scale: float = 1.0) -> None:
@@ -63,11 +66,13 @@ class AdamW:
         _check_number("learning_rate", learning_rate, learning_rate >= 0)
         params, grads = self.model.flat_params, self.model.flat_grads
         self.step_count += 1
-        for part, decayed in self._segments:
+        for index, (part, decayed) in enumerate(self._segments):
             self.model.ops.adamw_update(
                 params[part], grads[part], self.m[part], self.v[part],
                 learning_rate=learning_rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
                 weight_decay=self.weight_decay if decayed else 0.0, step=self.step_count, grad_scale=grad_scale,
+                master=None if self.master is None else self.master[part],
+                seed=self.step_count * len(self._segments) + index,
             )  # fmt: skip
 
     def load_state(self, step_count: int, m, v) -> None:
@@ -76,7 +81,7 @@ class AdamW:
             if tuple(array.shape) != tuple(self.m.shape):
                 raise ValueError(f"AdamW: {name} must have shape {tuple(self.m.shape)}, got {tuple(array.shape)}")
         self.step_count = step_count
-        self.m, self.v = self.model.ops.from_host(m), self.model.ops.from_host(v)
+        self.m, self.v = (self.model.ops.from_host(array, dtype="wide") for array in (m, v))
 
 
 def _segments(config, kinds) -> list[tuple[slice, bool]]:

@@ -83,6 +83,8 @@ ACTIVATIONS = {
 # ops on the same inputs give the same bits, so no result depends on the level.
 RECOMPUTED = ((), ("fch_gelu",), ("fch_gelu", "ln1", "ln2"))
 MOST_RECOMPUTE = len(RECOMPUTED) - 1
+# Activations that every backend keeps in its wide float, however few bits the others have.
+STATISTICS = {name for name, shape in ACTIVATIONS.items() if "C" not in shape}
 
 # Activation gradients live only between two ops, so all layers share three buffers: the gradient of the residual
 # stream, that of a branch of width C, and that of a wide one (4C, of which dqkv takes the first three quarters).

@@ -378,14 +378,19 @@ def adamw_update(
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
+def _dtype(dtype):
+    """float64 for the backend's float and for the wide one, which is for statistics and the optimizer"""
+    return np.float64 if dtype in (None, "wide") else dtype
+
+
 def empty(shape, dtype=None):
-    """out = an array of this shape, values undefined; dtype None is float64"""
-    return np.empty(shape, dtype or np.float64)
+    """out = an array of this shape, values undefined; dtype None and "wide" are float64"""
+    return np.empty(shape, _dtype(dtype))
 
 
 def zeros(shape, dtype=None):
-    """out = 0; dtype None is float64"""
-    return np.zeros(shape, dtype or np.float64)
+    """out = 0; dtype None and "wide" are float64"""
+    return np.zeros(shape, _dtype(dtype))
 
 
 def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):
@@ -399,7 +404,7 @@ def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):
     if dtype is None:
         dtype = np.int32 if values.dtype.kind in "biu" else np.float64
     if out is None:
-        return np.asarray(values, dtype, order="C")
+        return np.asarray(values, _dtype(dtype), order="C")
     out[...] = values
     return out
 

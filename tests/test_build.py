@@ -32,6 +32,19 @@ while [ $# -gt 1 ]; do
     shift
 done
 """
+NVCC = """#!/bin/sh
+case "$*" in
+    --version) echo "Cuda compilation tools, release ${VERSION:-13.0}, V13.0.88"; exit;;
+    --dryrun*) echo '#$ LIBRARIES=  "-L/cuda/lib"' >&2; exit;;
+    --list-gpu-arch) echo compute_80 compute_89 compute_90; exit;;
+esac
+echo nvcc "$@" >> "$CALLS"
+[ -n "$FAIL" ] && { echo "layernorm.cu(1): error: $FAIL" >&2; exit 2; }
+while [ $# -gt 1 ]; do
+    if [ "$1" = -o ]; then : > "$2"; fi
+    shift
+done
+"""
 
 
 class Tree:
@@ -48,6 +61,12 @@ class Tree:
         real = shutil.which(name) or shutil.which("gcc") or shutil.which("clang")
         self.compiler.write_text(COMPILER.format(real=shlex.join([real, *options])))
         self.compiler.chmod(0o755)
+        self.nvcc = folder / "cuda" / "bin" / "nvcc"
+        self.nvcc.parent.mkdir(parents=True)
+        self.nvcc.write_text(NVCC)
+        self.nvcc.chmod(0o755)
+        (self.nvcc.parent / "nvidia-smi").write_text('#!/bin/sh\n[ -n "$GPUS" ] && printf \'%b\' "$GPUS"\n')
+        (self.nvcc.parent / "nvidia-smi").chmod(0o755)
         self.log = folder / "calls.txt"
 
     def run(self, *arguments, **environment):
@@ -55,7 +74,8 @@ class Tree:
         inherited = {
             k: v for k, v in os.environ.items() if not k.startswith("PYLLMC_") and k not in ("CFLAGS", "LDFLAGS")
         }
-        environment = inherited | {"CC": str(self.compiler), "CALLS": str(self.log), "MAX_JOBS": "2"} | environment
+        defaults = {"CC": str(self.compiler), "CALLS": str(self.log), "MAX_JOBS": "2", "PYLLMC_CUDA": "0"}
+        environment = inherited | defaults | environment
         return subprocess.run(
             [sys.executable, *arguments],
             check=False,
@@ -218,3 +238,60 @@ runpy.run_path("setup.py", run_name="__main__")
     assert result.returncode == 0, result.stderr
     assert "\n  compiler   clang" in result.stderr
     assert "_baseline" in compiled([line.split() for line in tree.log.read_text().splitlines()])
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def build_with_cuda(tree, **environment):
+    """A build that finds the pretended nvcc and nvidia-smi; the report's line, and nvcc's calls."""
+    path = f"{tree.nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    defaults = {"PYLLMC_CUDA": "auto", "CUDA_HOME": str(tree.nvcc.parent.parent), "PATH": path}
+    defaults["CXX"] = str(tree.compiler)
+    report, calls = tree.build(**(defaults | environment))
+    return report["CUDA"], [call for call in calls if call[0] == "nvcc"], calls
+
+
+def gencodes(call):
+    return [word.removeprefix("-gencode=arch=") for word in call if word.startswith("-gencode")]
+
+
+def test_cuda_is_built_for_all_gpus_where_there_is_none(tree):
+    report, nvcc, calls = build_with_cuda(tree)
+    assert report == "nvcc 13.0, for sm_80, sm_89, sm_90a"
+    sources = {path.relative_to(ROOT) for path in (ROOT / "pyllmc" / "_cuda").glob("*.cu")}
+    assert {Path(call[call.index("-c") + 1]) for call in nvcc} == sources
+    wanted = ["compute_80,code=sm_80", "compute_89,code=sm_89", "compute_90a,code=sm_90a", "compute_80,code=compute_80"]
+    assert all(gencodes(call) == wanted for call in nvcc)
+    assert not any("fast" in word for call in nvcc for word in call)
+    (link,) = [call for call in calls if any("_cuda/ops." in word and word.endswith(".so") for word in call)]
+    assert {"-lcudart_static", "-L/cuda/lib"} <= set(link) and not any(word.startswith("-lcublas") for word in link)
+    assert sum(word.endswith(".o") for word in link) == len(nvcc) + 1
+    _, nvcc, _ = build_with_cuda(tree)
+    assert nvcc == [], "what was compiled is compiled again"
+
+
+def test_cuda_is_built_for_the_gpus_here_or_those_asked_for(tree):
+    report, nvcc, _ = build_with_cuda(tree, GPUS="9.0\\n8.6\\n7.5\\n9.0\\n")
+    assert report.endswith("for sm_86, sm_90a")
+    assert gencodes(nvcc[0]) == ["compute_86,code=sm_86", "compute_90a,code=sm_90a"]
+    report, nvcc, _ = build_with_cuda(tree, GPUS="8.6\\n", PYLLMC_CUDA_ARCHS="90a,120")
+    assert report.endswith("for sm_90a, sm_120") and len(gencodes(nvcc[0])) == 2
+
+
+def test_without_cuda_one_line_says_why(tree):
+    for environment, why in [
+        ({"PYLLMC_CUDA": "0"}, "PYLLMC_CUDA=0"),
+        ({"VERSION": "12.3"}, "nvcc 12.3 is older than 12.4"),
+        ({"FAIL": "unsupported compiler", "PYLLMC_CUDA_ARCHS": "80"}, "layernorm.cu(1): error: unsupported compiler"),
+    ]:
+        report, _, calls = build_with_cuda(tree, **environment)
+        assert report == f"no: {why}; the ops run on the CPU"
+        assert not any("_cuda" in word and word.endswith(".so") for call in calls for word in call)
+
+
+def test_cuda_that_is_demanded_and_fails_stops_the_build(tree):
+    settings = {"PYLLMC_CUDA": "1", "CUDA_HOME": str(tree.nvcc.parent.parent), "FAIL": "no such thing"}
+    result = tree.run("setup.py", "build_ext", "--force", **settings)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "pyllmc cannot be built with CUDA (PYLLMC_CUDA=1): layernorm.cu(1): error: no such thing" in result.stderr

@@ -24,7 +24,7 @@ from pyllmc import get_num_threads, set_num_threads
 TEXTS = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md"]
 ADD_AN_OP = ROOT / "docs" / "add_an_op.md"
 READING = ROOT / "docs" / "reading.md"
-SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h"}
+SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h", ".cu", ".cuh"}
 COMMAND = re.compile(r"python3? -m (pyllmc[\w.]*)((?: [^|&;#]*)?)")
 
 

@@ -44,6 +44,7 @@ def repository_files():
 def python(*arguments, cwd, path=None):
     """Runs python in `cwd` and returns what it printed; only `path` is where it finds pyllmc before site-packages."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYLLMC_") and k != "PYTHONPATH"}
+    environment["PYLLMC_CUDA"] = "0"  # its kernels take minutes to compile, and tests/test_build.py has the rules
     if path:
         environment["PYTHONPATH"] = str(path)
     result = subprocess.run(
@@ -79,7 +80,7 @@ def test_sdist_has_every_source_and_nothing_else(sdist):
     files = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     files = {name for name in files if not name.startswith(("pyllmc.egg-info/", "build/"))}
     assert files - MADE_BY_SETUPTOOLS == repository_files()
-    assert {Path(name).suffix for name in files} >= {".pyx", ".pxi", ".pxd", ".h"}
+    assert {Path(name).suffix for name in files} >= {".pyx", ".pxi", ".pxd", ".h", ".cu", ".cuh"}
     assert not any(name.endswith(".c") for name in files)
 
 

@@ -9,23 +9,28 @@ ALIGNMENT = 64
 
 
 def empty(shape, dtype=None):
-    """A C-order array with undefined contents, 64-byte aligned; dtype None is the backend's float, here float32."""
+    """A C-order array with undefined contents, 64-byte aligned; dtype None is the backend's float, here float32, and
+    "wide" that of statistics and of the optimizer, here float32 too."""
     return _aligned(np.empty, shape, dtype)
 
 
 def zeros(shape, dtype=None):
-    """A C-order array of zeros, 64-byte aligned; dtype None is the backend's float, here float32."""
+    """A C-order array of zeros, 64-byte aligned; dtype as for `empty`."""
     return _aligned(np.zeros, shape, dtype)
 
 
 def _aligned(make, shape, dtype):
     """make's array, moved up to the next multiple of ALIGNMENT within one that is a little longer."""
-    dtype = np.dtype(np.float32 if dtype is None else dtype)
+    dtype = _dtype(np.float32 if dtype is None else dtype)
     shape = np.empty(shape, dtype=[]).shape  # of a number too; ValueError for a negative size
     size = math.prod(shape) * dtype.itemsize
     raw = make(size + ALIGNMENT, np.uint8)
     start = -raw.__array_interface__["data"][0] % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _dtype(dtype):
+    return np.dtype(np.float32 if isinstance(dtype, str) and dtype == "wide" else dtype)
 
 
 def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):
@@ -37,9 +42,10 @@ def from_host(array, *, dtype=None, limit=None, allow_ignored=False, out=None):
     host = np.asarray(array)
     if dtype is None:
         dtype = np.int32 if host.dtype.kind in "iub" else np.float32
+    dtype = _dtype(dtype)
     if limit is not None:
         check_range(host, limit, allow_ignored)
-    if host.dtype.kind in "iu" and host.size and np.dtype(dtype if out is None else out.dtype).kind in "iu":
+    if host.dtype.kind in "iu" and host.size and (dtype if out is None else out.dtype).kind in "iu":
         bounds = np.iinfo(dtype if out is None else out.dtype)
         if host.min() < bounds.min or host.max() > bounds.max:
             raise ValueError(f"from_host: values from {host.min()} to {host.max()} do not fit {bounds.dtype}")

@@ -1,0 +1,68 @@
+// GELU in its tanh form, as GPT-2 has it, and the residual sum: one pass over memory each. With
+// u = sqrt(2/pi) (x + 0.044715 x^3), gelu(x) = x s with s = 1 / (1 + e^(-2u)): one exponential and no tanh, and large
+// negative x keep their relative precision.
+#include "gelu.cuh"
+
+namespace pyllmc {
+namespace {
+
+struct Gelu {
+    __device__ __forceinline__ float operator()(float x) const { return gelu(x); }
+};
+
+struct GeluBackward {
+    __device__ __forceinline__ float operator()(float dout, float x) const { return dout * gelu_slope(x); }
+};
+
+struct Add {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
+// out[i] = f(inputs[i]...). W elements to a thread; the last block handles what does not fill a vector one by one.
+template <class T, int W, class F, class... Inputs>
+__global__ void __launch_bounds__(BLOCK) map_kernel(F f, size_t n, T* out, const Inputs*... inputs) {
+    const size_t i = (static_cast<size_t>(blockIdx.x) * BLOCK + threadIdx.x) * W;
+    if (i + W <= n) {
+        const auto apply = [&](auto... x) {
+            Floats<W> y;
+#pragma unroll
+            for (int j = 0; j < W; ++j) y[j] = f(x[j]...);
+            store(out + i, y);
+        };
+        apply(load<W, STREAM>(inputs + i)...);
+    } else {
+        for (size_t k = i; k < n; ++k) out[k] = from_float<T>(f(to_float(inputs[k])...));
+    }
+}
+
+template <class T, class>
+using Always = T;
+
+template <class F, class... Inputs>
+void map(DType type, F f, size_t n, void* out, Inputs... inputs) {
+    by_type(type, [&](auto zero) {
+        using T = decltype(zero);
+        const auto run = [&](auto kernel, size_t width) {
+            Launch(ceil_div<size_t>(n, BLOCK * width), BLOCK)(kernel, f, n, static_cast<T*>(out),
+                                                              static_cast<const T*>(inputs)...);
+        };
+        if (vectors_fit<T>(0, static_cast<const void*>(out), inputs...))
+            run(map_kernel<T, VECTOR<T>, F, Always<T, Inputs>...>, VECTOR<T>);
+        else
+            run(map_kernel<T, 1, F, Always<T, Inputs>...>, 1);
+    });
+}
+
+}  // namespace
+
+void gelu_forward(DType type, const void* inp, void* out, size_t n) { map(type, Gelu{}, n, out, inp); }
+
+void gelu_backward(DType type, const void* dout, const void* inp, void* dinp, size_t n) {
+    map(type, GeluBackward{}, n, dinp, dout, inp);
+}
+
+void residual_forward(DType type, const void* inp1, const void* inp2, void* out, size_t n) {
+    map(type, Add{}, n, out, inp1, inp2);
+}
+
+}  // namespace pyllmc

@@ -1,0 +1,130 @@
+"""The CUDA backend for machines without a GPU: pyllmc/_cuda compiled as plain C++ through tests/cuda_shim.
+
+`load()` gives the module that setup.py builds with nvcc, here built with g++ from the same .cu and .pyx files; it is
+compiled when a source changed, into build/cuda_shim. Called by conftest.py and the tests of the CUDA backend.
+"""
+
+import ctypes
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "pyllmc" / "_cuda"
+SHIM = ROOT / "tests" / "cuda_shim"
+BUILD = ROOT / "build" / "cuda_shim"
+
+# As for the kernels on a GPU, a product and a sum may fuse; nothing else of the arithmetic is free.
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+# As setup.py's: PYLLMC_SANITIZE=address,undefined, and the sanitizers' libraries in LD_PRELOAD.
+SANITIZE = os.environ.get("PYLLMC_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
+
+
+def compiler():
+    """The C++ compiler's command, or None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return command if shutil.which(command[0]) else None
+
+
+def sources():
+    """Every file that a build depends on."""
+    return sorted(path for folder in (CUDA, SHIM) for path in folder.iterdir() if path.is_file())
+
+
+def _digest(words, paths):
+    digest = hashlib.sha256(repr(words).encode())
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def _compile(source, depends, more=()):
+    """source -> its object file, named by the hash of all that decides what is in it."""
+    command = [*compiler(), *FLAGS, *SANITIZE_FLAGS, *more, f"-I{SHIM}", f"-I{CUDA}"]
+    target = BUILD / f"{source.stem}-{_digest(command, [source, *depends])}.o"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        _run([*command, *language, "-c", source, "-o", partial])
+        partial.replace(target)
+    return target
+
+
+def _cython():
+    """ops.pyx as C++."""
+    depends = [path for path in sources() if path.suffix in (".pyx", ".pxi", ".pxd")]
+    target = BUILD / f"ops-{_digest([sys.version], depends)}.cpp"
+    if not target.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.cpp")
+        options = ["-3", "--cplus", "-X", "cdivision=True", "-X", "binding=True", "-I", ROOT]
+        _run([sys.executable, "-m", "cython", *options, CUDA / "ops.pyx", "-o", partial])
+        partial.replace(target)
+    return target
+
+
+def build():
+    """The extension's path."""
+    headers = [path for path in sources() if path.suffix in (".h", ".cuh")]
+    kernels = [path for path in sources() if path.suffix in (".cu", ".cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        python = [f"-I{sysconfig.get_path('include')}", "-w"]
+        wrapper = pool.submit(lambda: _compile(_cython(), headers, python))
+        objects = [*pool.map(lambda path: _compile(path, headers), kernels), wrapper.result()]
+    target = BUILD / _digest(objects, []) / "ops.so"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        _run([*compiler(), "-shared", *SANITIZE_FLAGS, *objects, "-o", partial])
+        partial.replace(target)
+    return target
+
+
+@cache
+def load():
+    """The backend's module of ops; the same one for the whole process."""
+    path = build()
+    loader = importlib.machinery.ExtensionFileLoader("cuda_shim.ops", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, path, loader=loader))
+    loader.exec_module(module)
+    module._find_cublaslt = lambda: [str(path)]  # the stand-in is part of the same file
+    return module
+
+
+class Barriers:
+    """The barriers of the kernels (__syncthreads), which can be left out one at a time, and the order of threads."""
+
+    def __init__(self):
+        self.library = ctypes.CDLL(load().__file__)
+
+    def met(self):
+        """("layernorm.cu", 123) of every barrier since the last call."""
+        text = ctypes.create_string_buffer(1 << 16)
+        self.library.shim_barriers(text, len(text))
+        return [(name, int(line)) for name, _, line in (row.partition(":") for row in text.value.decode().split())]
+
+    def skip(self, file="", line=0):
+        """Nobody waits at this one; without arguments all are back."""
+        self.library.shim_skip_barrier(file.encode(), line)
+
+    def reverse(self, on):
+        """Whether the threads of a block take their turns from the last to the first."""
+        self.library.shim_reverse(int(on))

@@ -1,0 +1,119 @@
+"""What a GPU would not show every time: that each barrier is needed, and the same bits in any order of threads."""
+
+import faulthandler
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import shim
+from on_device import OnDevice
+from test_cuda_ops import check, some
+
+# A barrier whose absence no case can show, with the reason. None so far.
+UNNOTICED = {}
+
+
+@pytest.fixture(scope="module")
+def cuda_shim():
+    if shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return shim.load()
+
+
+@pytest.fixture
+def barriers(cuda_shim):
+    control = shim.Barriers()
+    control.met()
+    yield control
+    control.skip()
+    control.reverse(False)
+
+
+def small(op, most=8000):
+    """The larger half of the cases, as far as they are quick: several warps and several blocks take part."""
+    sizes = {case: sum(array.size for array in cases.make(case).arrays.values()) for case in cases.CASES[op]}
+    chosen = sorted((case for case in sizes if sizes[case] <= most), key=sizes.get)
+    return chosen[len(chosen) // 2 :]
+
+
+def goes_wrong(device, barriers, table):
+    """Whether a case differs from the reference, for one order of threads or the other."""
+    for reverse in (False, True):
+        barriers.reverse(reverse)
+        for case in table:
+            try:
+                check(device, case)
+            except (AssertionError, RuntimeError):
+                barriers.reverse(False)
+                return True
+    barriers.reverse(False)
+    return False
+
+
+def goes_wrong_in_a_child(*arguments):
+    """The same, where a wild address ends another process than this one."""
+    with warnings.catch_warnings(action="ignore"):  # Python warns of a fork in a process with threads
+        child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(goes_wrong(*arguments))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def test_a_barrier_left_out_is_noticed(cuda_shim, barriers):
+    unnoticed, seen = set(), set()
+    for op in cases.CASES:
+        if not hasattr(cuda_shim, op):
+            continue
+        for dtype in ("float32", "bfloat16"):
+            device, table = OnDevice(cuda_shim, dtype), [*cases.CASES[op][-3:], *small(op)]
+            barriers.met()
+            assert not goes_wrong(device, barriers, table), f"{op} fails with all barriers"
+            for site in set(barriers.met()) - seen:
+                barriers.skip(*site)
+                noticed = goes_wrong_in_a_child(device, barriers, table)
+                barriers.skip()
+                (seen if noticed else unnoticed).add(site)
+    assert len(seen) > 5
+    assert unnoticed - seen == UNNOTICED.keys()
+
+
+@pytest.mark.parametrize("op", cases.CASES)
+def test_any_order_of_threads_gives_the_same_bits(cuda_shim, barriers, op):
+    device = OnDevice(cuda_shim)
+    for case in some(op, 2):
+        results = []
+        for reverse in (False, True):
+            barriers.reverse(reverse)
+            call = cases.make(case)
+            returned = getattr(device, op)(**call.inputs)
+            arrays = returned if isinstance(returned, tuple) else [returned] if returned is not None else []
+            arrays = [*(a for a in arrays if a is not None), *(call.inputs[name] for name in call.in_place)]
+            results.append([np.asarray(array).tobytes() for array in arrays])
+        assert results[0] == results[1], str(case)
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(cuda_shim):
+    """All cases again, in a process in which AddressSanitizer and UndefinedBehaviorSanitizer watch."""
+    find = [*shim.compiler(), "-print-file-name=libasan.so"], [*shim.compiler(), "-print-file-name=libubsan.so"]
+    paths = [subprocess.check_output(command, text=True).strip() for command in find]
+    if not all(map(os.path.isabs, paths)):
+        pytest.skip("the compiler has no sanitizers")
+    here = {"cwd": Path(__file__).parent, "text": True, "check": False, "stderr": subprocess.STDOUT}
+    sanitize = os.environ | {"PYLLMC_SANITIZE": "address,undefined", "OMP_NUM_THREADS": "1"}
+    watched = sanitize | {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
+    # The compiler itself is not to be watched, so it comes first.
+    commands = [(["-c", "import shim; shim.build()"], sanitize)]
+    commands += [
+        (["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_cuda_ops.py", "-k", "cuda_shim"], watched)
+    ]
+    for words, environment in commands:
+        done = subprocess.run([sys.executable, *words], **here, env=environment, stdout=subprocess.PIPE)
+        assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout

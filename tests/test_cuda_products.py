@@ -1,0 +1,349 @@
+"""Matrix products of the CUDA backend: what the library does and what it leaves to kernels give the same; which
+algorithm is used is chosen by time, recorded and replayed; chunks of the classifier; what is said without a library.
+
+The library is the stand-in of tests/cuda_shim, which refuses what it is told to and adds up in an order of its own for
+each algorithm.
+"""
+
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import cases
+import numpy as np
+import pytest
+import shim
+from on_device import OnDevice
+from test_cuda_ops import bf16, check
+
+from pyllmc import GPT2Config
+from pyllmc._cuda import libraries
+
+BIAS, GELU, DGELU, BGRADB = 4, 32, 64, 512  # bits of the library's epilogues
+FUSED = {"C": 64, "OC": 40, "leading": (2, 24)}
+AFTER = {
+    "matmul_forward": [
+        {"bias": bias, "residual": residual, "gelu": gelu}
+        for bias in (True, False)
+        for residual in (True, False)
+        for gelu in (True, False)
+    ],
+    "matmul_backward": [{"bias": bias, "gelu": gelu} for bias in (True, False) for gelu in (True, False)],
+}
+COMBINATIONS = [cases.Case(op, tuple((FUSED | options).items())) for op, table in AFTER.items() for options in table]
+
+
+class StandIn:
+    """The controls of tests/cuda_shim/cublaslt.cpp."""
+
+    def __init__(self, path):
+        library = ctypes.CDLL(path)
+        self.refuse, self.slow = library.shim_cublaslt_refuse, library.shim_cublaslt_slow
+        self.version = library.shim_cublaslt_version
+        self.version.argtypes = [ctypes.c_size_t]
+
+
+@pytest.fixture
+def cuda():
+    """The kernels as plain C++, without products from before; options and controls are reset at the end."""
+    if shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    module = shim.load()
+    before = module.product_options()
+    module.use_algorithms(None)
+    yield module
+    module.product_options(**before)
+    stand_in = StandIn(module.__file__)
+    stand_in.refuse(0)
+    stand_in.slow(0)
+    module.use_algorithms(None)
+
+
+@pytest.fixture
+def stand_in(cuda):
+    return StandIn(cuda.__file__)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def kinds(cuda):
+    return set(cuda.algorithms()["products"])
+
+
+# ---- what is done after a product ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [0, BIAS | GELU | DGELU | BGRADB, GELU], ids=["all", "none", "no GELU"])
+@pytest.mark.parametrize("case", COMBINATIONS, ids=str)
+def test_library_and_kernels_give_the_same(cuda, stand_in, case, refused):
+    stand_in.refuse(refused)
+    for dtype in ("float32", "bfloat16"):
+        check(OnDevice(cuda, dtype), case)
+        if case.op == "matmul_backward":
+            check(OnDevice(cuda, dtype), case, accumulate=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "after"),
+    [
+        (COMBINATIONS[0], ["bias"]),  # bias, residual, GELU
+        (COMBINATIONS[1], ["add bias"]),  # bias, residual
+        (COMBINATIONS[2], ["gelu"]),  # bias, GELU
+        (COMBINATIONS[6], ["gelu unbiased"]),
+        (COMBINATIONS[8], ["dgelu", "sum"]),
+        (COMBINATIONS[11], ["", ""]),
+    ],
+    ids=str,
+)
+def test_bfloat16_leaves_to_the_library_what_it_can(cuda, case, after):
+    check(OnDevice(cuda, "bfloat16"), case)
+    assert sorted(kind.partition(" align")[0].split(" ", 5)[5:] for kind in kinds(cuda)) == sorted(
+        [text] if text else [] for text in after
+    )
+
+
+def test_strict_float32_takes_gelu_and_sums_from_kernels(cuda):
+    for case in (COMBINATIONS[2], COMBINATIONS[8]):
+        check(OnDevice(cuda), case)
+    assert not [kind for kind in kinds(cuda) if "gelu" in kind or "sum" in kind]
+
+
+def test_bfloat16_gradients_are_rounded_once_for_each_time_they_are_added_to(cuda):
+    """3 micro-steps: the third sum is what rounding to nearest makes of the second plus the product."""
+    dout, inp, weight = bf16(random(16, 8)), bf16(random(16, 24, seed=1)), bf16(random(8, 24, seed=2))
+    on_device = [cuda.from_host(x, dtype="bfloat16") for x in (dout, inp, weight)]
+    dweight, expected = None, np.zeros((8, 24), np.float32)
+    for _ in range(3):
+        _, dweight, _ = cuda.matmul_backward(*on_device, bias=False, dweight=dweight, accumulate=True)
+        expected = bf16((expected + dout.T.astype(np.float64) @ inp).astype(np.float32))
+    np.testing.assert_array_equal(cuda.to_host(dweight), expected)
+
+
+def test_tf32_is_an_option(cuda):
+    inp, weight = random(32, 64), random(16, 64, seed=1)
+    on_device = cuda.from_host(inp), cuda.from_host(weight)
+    exact = inp.astype(np.float64) @ weight.T
+    strict = np.abs(cuda.to_host(cuda.matmul_forward(*on_device)) - exact).max()
+    assert cuda.product_options(tf32=True)["tf32"]
+    loose = np.abs(cuda.to_host(cuda.matmul_forward(*on_device)) - exact).max()
+    assert strict < 1e-5 < loose < 3e-2
+    assert {kind[:4] for kind in kinds(cuda)} == {"fp32", "tf32"}
+
+
+# ---- the classifier --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_chunks_give_what_one_gives(cuda, dtype, accumulate):
+    """32 rows of 96 logits at once, of 77."""
+    case = cases.Case("classifier_forward_backward", (("leading", (7, 11)), ("C", 16), ("V", 90), ("Vp", 96)))
+    cuda.product_options(logits_bytes=32 * 96 * (4 if dtype == "float32" else 2))
+    check(OnDevice(cuda, dtype), case, accumulate=accumulate)
+    assert sum("x96x16 " in kind for kind in kinds(cuda)) == 2  # whole chunks and the last one
+    check(OnDevice(cuda, dtype), cases.Case("classifier_forward", case.sizes))
+
+
+def test_many_chunks_lose_no_precision_in_bfloat16(cuda):
+    """dweight of 64 chunks is as near to the truth as that of one: its sums are float32."""
+    inp, weight = bf16(random(1024, 8)), bf16(random(40, 8, seed=1))
+    targets = np.arange(1024, dtype=np.int32) % 40
+    arrays = [cuda.from_host(x, dtype="bfloat16") for x in (inp, weight)]
+    results = []
+    for chunk_rows in (1024, 16):
+        cuda.product_options(logits_bytes=chunk_rows * 40 * 2)
+        _, _, dweight = cuda.classifier_forward_backward(*arrays, cuda.from_host(targets))
+        results.append(cuda.to_host(dweight))
+    np.testing.assert_allclose(results[1], results[0], rtol=2**-7, atol=1e-6)
+    assert (results[0] == results[1]).mean() > 0.9
+
+
+def test_no_target_counts(cuda):
+    arrays = [cuda.from_host(random(6, 8)), cuda.from_host(random(20, 8, seed=1))]
+    targets = cuda.from_host(np.full(6, -1, np.int32))
+    for result in cuda.classifier_forward_backward(*arrays, targets):
+        assert not cuda.to_host(result).any()
+
+
+def test_a_target_that_was_not_checked_gives_nan_and_stays_in_memory(cuda):
+    """On the device nobody looks at targets: here 4096, of 20 columns."""
+    arrays = [cuda.from_host(random(2, 8)), cuda.from_host(random(20, 8, seed=1))]
+    targets = cuda.zeros((2,), "int32")
+    cuda.from_host(cuda.from_host(np.array([4096, 3], np.int32)), out=targets)
+    targets = targets[0:2]  # a view, of whose values nothing is known
+    losses, dinp, _ = map(cuda.to_host, cuda.classifier_forward_backward(*arrays, targets))
+    assert np.isnan(losses[0]) and np.isfinite(losses[1]) and np.isfinite(dinp).all()
+
+
+def test_rows_too_long_for_shared_memory(cuda):
+    case = cases.Case("classifier_forward_backward", (("leading", (3,)), ("C", 8), ("V", 30001), ("Vp", 30016)))
+    check(OnDevice(cuda), case)  # 120 KB; in bfloat16 they fit
+    check(OnDevice(cuda, "bfloat16"), case)
+
+
+# ---- algorithms ------------------------------------------------------------------------------------------------------
+
+
+def product(cuda, seed=0):
+    inp, weight = cuda.from_host(random(48, 512, seed=seed)), cuda.from_host(random(24, 512, seed=seed + 1))
+    return cuda.to_host(cuda.matmul_forward(inp, weight)).tobytes()
+
+
+def number(cuda):
+    """Which of the stand-in's algorithms the only product uses."""
+    (digits,) = cuda.algorithms()["products"].values()
+    return int(digits[32:48], 16)
+
+
+def test_the_librarys_first_choice_is_the_default(cuda):
+    product(cuda)
+    assert number(cuda) == 0
+
+
+def test_timing_finds_the_fastest(cuda, stand_in):
+    first = product(cuda)
+    cuda.use_algorithms(None)
+    cuda.product_options(autotune=True)
+    stand_in.slow(0b1011)
+    assert product(cuda) != first
+    assert number(cuda) == 2
+
+
+def test_timing_leaves_the_results_alone(cuda):
+    """What is added to is added to once, however many times the product was timed."""
+    cuda.product_options(autotune=True)
+    for case in COMBINATIONS:
+        check(OnDevice(cuda, "bfloat16"), case)
+        if case.op == "matmul_backward":
+            check(OnDevice(cuda, "bfloat16"), case, accumulate=True)
+
+
+def test_a_recorded_choice_gives_the_same_bits(cuda, stand_in):
+    cuda.product_options(autotune=True)
+    stand_in.slow(0b0111)
+    before = product(cuda)
+    table = json.loads(json.dumps(cuda.algorithms()))
+    stand_in.slow(0b1000)  # now timing would choose another one
+    cuda.use_algorithms(table)
+    assert cuda.algorithms() == table  # before any product too, so that it can be recorded again
+    assert product(cuda) == before
+    assert cuda.algorithms() == table
+    cuda.use_algorithms(None)
+    assert product(cuda) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"library": "cuBLASLt 12.9.1"}, "recorded with library cuBLASLt 12.9.1, this is cuBLASLt 13.1.1"),
+        ({"device": "NVIDIA H200"}, "recorded with device NVIDIA H200, this is no GPU"),
+        ({"products": {"fp32": "12"}}, 'the algorithm of "fp32" must be 128 hexadecimal digits'),
+        ({"products": {"fp32": "g" * 128}}, 'the algorithm of "fp32" must be 128 hexadecimal digits'),
+        ({"products": {"fp32": 3}}, "products must map names to digits"),
+        ({"products": None}, "a table as from"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(cuda, change, message):
+    with pytest.raises(ValueError, match=message):
+        cuda.use_algorithms(cuda.algorithms() | change)
+    product(cuda)
+
+
+def test_a_damaged_algorithm_is_refused_by_the_product_that_meets_it(cuda):
+    product(cuda)
+    table = cuda.algorithms()
+    (kind,) = table["products"]
+    cuda.use_algorithms(table | {"products": {kind: "0" * 128}})
+    with pytest.raises(ValueError, match=f"the recorded algorithm of the product {kind} is damaged"):
+        product(cuda)
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_library_is_named_with_what_to_install(cuda, tmp_path):
+    broken = tmp_path / "libcublasLt.so.13"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(OSError, match="cuBLASLt 12.4 or newer was not found") as error:
+        cuda._open_cublaslt([str(broken), "libcublasLt.so.99"])
+    text = str(error.value)
+    assert str(broken) in text and "libcublasLt.so.99" in text and "\n" not in text
+    assert "to install it: pip install nvidia-cublas" in text
+
+
+def test_without_the_library_there_is_no_backend():
+    """In a process of its own: this one has opened it."""
+    if shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    code = """
+import shim
+cuda = shim.load()
+cuda._find_cublaslt = lambda: ["/nowhere/libcublasLt.so.13"]
+print(cuda.why_unavailable())
+try:
+    cuda.matmul_forward(cuda.zeros((2, 3)), cuda.zeros((4, 3)))
+except OSError as error:
+    print(error)
+"""
+    command, path = [sys.executable, "-c", code], os.pathsep.join(sys.path)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    first, second = done.stdout.splitlines()
+    assert first == second and first.startswith("cuBLASLt 12.4 or newer was not found in "), done.stderr
+    assert "/nowhere/libcublasLt.so.13: cannot open" in first
+
+
+def test_an_old_library_is_refused(cuda, stand_in):
+    stand_in.version(120302)
+    try:
+        with pytest.raises(OSError, match="is version 12.3.2, too old"):
+            cuda._open_cublaslt([cuda.__file__])
+    finally:
+        stand_in.version(130101)
+
+
+def test_a_file_that_is_no_cublaslt_is_refused(cuda):
+    with pytest.raises(OSError, match="_ctypes.* has no cublasLtGetVersion"):
+        cuda._open_cublaslt([__import__("_ctypes").__file__])
+
+
+def test_wheels_come_before_toolkits(monkeypatch, tmp_path):
+    files = [
+        tmp_path / "nvidia" / "cu13" / "lib" / "libcublasLt.so.13",
+        tmp_path / "cuda" / "lib64" / "libcublasLt.so.12",
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(libraries, "_wheel_folders", lambda: [tmp_path / "nvidia"])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    found = libraries.cublaslt()
+    assert found[:2] == list(map(str, files))
+    assert found[-2:] == ["libcublasLt.so.13", "libcublasLt.so.12"]
+
+
+def test_wheels_are_found_where_python_imports_from(monkeypatch, tmp_path):
+    (tmp_path / "nvidia" / "cublas" / "lib").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert tmp_path / "nvidia" in libraries._wheel_folders()
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs(cuda, capsys):
+    path = shim.ROOT / "bench" / "cuda_products.py"
+    spec = importlib.util.spec_from_file_location("bench_cuda_products", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    config = GPT2Config(num_layers=1, num_heads=1, channels=16, vocab_size=61, max_seq_len=8)
+    results = bench.measure(cuda.op_set("bfloat16"), config, 2, 8, 1e-4)
+    names = [row["name"] for row in results]
+    assert names[:2] == ["qkv forward", "qkv backward"] and names[-1] == "head, 1024 MiB of logits"
+    assert all(row["fastest"] > 0 for row in results)
+    assert "qkv backward, adding" in capsys.readouterr().out
