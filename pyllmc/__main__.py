@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__, cli, hardware
 from .backends import backend
-from .logs import aligned, format_bytes
+from .figures import aligned, format_bytes
 
 PROGRAMS = [
     ("python -m pyllmc.train", "train a GPT: on Shakespeare, on your own text, on token files"),

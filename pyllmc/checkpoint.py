@@ -3,7 +3,8 @@
 A checkpoint is model_%08d.bin (modelfile.py), state_%08d_00000.bin (statefile.py) and, written last, DONE_%08d with
 their sizes and SHA-256 in JSON (llm.c's is empty). The formats: data/README.md.
 
-Called by prepare.py, train.py and generate.py; calls modelfile.py, statefile.py and files.py.
+Called by prepare.py, train.py, generate.py and curves.py, and by runs.py for the names of the files; calls
+modelfile.py, statefile.py and files.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .statefile import TrainingState, check_state, read_state, write_state
 
 MANIFEST_VERSION = 1
 
-_PART = re.compile(r"model_(\d{8,18})\.bin|state_(\d{8,18})_00000\.bin", re.ASCII)
+# The names of its files, each with its step in a group of its own; llm.c's runs have a state for each process.
+FILE_NAME = re.compile(r"model_(\d{8,18})\.bin|state_(\d{8,18})_\d{5}\.bin|DONE_(\d{8,18})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def save_checkpoint(folder, step: int, model, optimizer, loader=None, extra: dic
     """Writes a checkpoint after `step` updates: model, optimizer and the position of `loader` (a DataLoader).
 
     `extra` takes what JSON can hold: the states of other random generators, the settings of the run. The folder is
-    made. Damaged checkpoints of this step and of later ones, which the run has not gone on from, give way. ValueError
-    if the step has a whole one: a failure halfway would spoil it (Checkpoint.remove deletes).
+    there already. Damaged checkpoints of this step and of later ones, which the run has not gone on from, give way.
+    ValueError if the step has a whole one: a failure halfway would spoil it (Checkpoint.remove deletes).
     """
     checkpoint = Checkpoint(Path(folder), step, extra or {})
     for other in list_steps(folder):
@@ -64,7 +66,6 @@ def save_checkpoint(folder, step: int, model, optimizer, loader=None, extra: dic
             Checkpoint(Path(folder), other).remove()
     if checkpoint.done_path.exists():
         raise ValueError(f"{checkpoint.done_path}: step {step} has a checkpoint already; remove it first")
-    checkpoint.folder.mkdir(parents=True, exist_ok=True)
     model.save(checkpoint.model_path)
     to_host = model.ops.to_host
     state = TrainingState(
@@ -109,7 +110,7 @@ def list_steps(folder) -> list[int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"DONE_(\d{8,18})", name, re.ASCII)))
+    return sorted(int(match[3]) for name in names if (match := FILE_NAME.fullmatch(name)) and match[3])
 
 
 def find_latest(
@@ -165,8 +166,8 @@ def remove_unfinished(folder) -> None:
     """Removes the models and states of steps before the newest checkpoint that have no DONE: a process was killed while
     it wrote or removed them. Later ones stay until the run gets there and replaces them."""
     steps = list_steps(folder)
-    unfinished = {int(match[1] or match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))}
-    for step in unfinished.difference(steps):
+    begun = {int(match[match.lastindex]) for name in os.listdir(folder) if (match := FILE_NAME.fullmatch(name))}
+    for step in begun.difference(steps):
         if step < max(steps, default=0):
             Checkpoint(Path(folder), step).remove()
 

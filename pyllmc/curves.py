@@ -3,8 +3,8 @@
 A run's folder has main.log, whose figures are by steps, and times.csv, which turns steps into tokens and time. A run of
 llm.c's own has only main.log; then the steps are all there is. Both may be read while the run goes on.
 
-Called by plot.py; calls logs.py for the files, settings.py for the run's data, and checkpoint.py and modelfile.py for
-the size of its model.
+Called by plot.py, by train.py for the picture of its run, and by runs.py for that picture's name; calls logs.py for the
+files, settings.py for the run's data, and checkpoint.py and modelfile.py for the size of its model.
 """
 
 import contextlib
@@ -22,10 +22,15 @@ from .settings import RECIPE_FILE, load_recipe
 # What a panel of the picture shows: kinds of curves, by main.log's names for them; times.csv has the speed.
 PANELS = {"loss": ("trl", "tel"), "hellaswag": ("eval",), "lr": ("lr",), "norm": ("norm",), "speed": ("speed",)}
 AXES = ("steps", "tokens", "time")
+# The figure of a step in times.csv that moves on along an axis.
+_COLUMNS = {"tokens": 0, "time": 1}
+
+# What plot.py draws of a run into its folder.
+PICTURE_FILE = "loss.png"
 
 # What finished models reach, by the size of GPT-2 that is as large. GPT-2's loss on FineWeb's validation tokens and its
 # accuracy on HellaSwag are as llm.c measures them; GPT-3's accuracy is its paper's (Brown et al. 2020).
-REACHED = {
+BASELINES = {
     "d12": {"loss": {"GPT-2 124M": 3.424958}, "hellaswag": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}},
     "d24": {"loss": {"GPT-2 350M": 3.083089}, "hellaswag": {"GPT-2 350M": 0.375224, "GPT-3 350M": 0.436}},
     "d36": {"loss": {"GPT-2 774M": 3.000580}, "hellaswag": {"GPT-2 774M": 0.431986, "GPT-3 760M": 0.510}},
@@ -35,12 +40,14 @@ REACHED = {
 
 @dataclass(frozen=True)
 class RunCurves:
-    """One run: {kind: {step: value}}, the kinds being those of PANELS, in the order of the steps. `positions` has, for
-    each step from 0 on, how far along the axis it begins, in tokens or seconds; None where the axis counts steps."""
+    """One run: {kind: {step: value}}, the kinds being those of PANELS, in the order of the steps. `over` is its axis,
+    one of AXES; `positions` has, for each step from 0 on, how far along it the step begins, in tokens or seconds; None
+    where it counts steps."""
 
     name: str
     folder: Path
     curves: dict[str, dict[int, float]]
+    over: str = "steps"
     positions: list[float] | None = None
 
     def curve(self, kind: str) -> dict[int, float]:
@@ -72,7 +79,7 @@ def read_runs(folders: Sequence[str | Path], over: str = "steps") -> list[RunCur
         name = path.absolute().parent.name
         name = str(path.parent) if name in (run.name for run in runs) else name
         positions = None if over == "steps" else _positions(times_path, times, curves, over)
-        runs.append(RunCurves(name, path.parent, curves, positions))
+        runs.append(RunCurves(name, path.parent, curves, over, positions))
     return runs
 
 
@@ -90,7 +97,7 @@ def _positions(
                 f"{path}: {what}, and nothing else says how many tokens and how much time the steps took (llm.c writes "
                 f"no such file); this run can be drawn over steps, not over {over}"
             )
-        positions.append(positions[-1] + times[step][AXES.index(over) - 1])
+        positions.append(positions[-1] + times[step][_COLUMNS[over]])
     return positions
 
 
@@ -99,13 +106,13 @@ def panels_of(runs: Sequence[RunCurves]) -> list[str]:
     return [panel for panel, kinds in PANELS.items() if any(run.curve(kind) for run in runs for kind in kinds)]
 
 
-def reached(runs: Sequence[RunCurves]) -> dict[str, dict[str, float]]:
+def baselines(runs: Sequence[RunCurves]) -> dict[str, dict[str, float]]:
     """What to compare with, by panel and name: that of the sizes of GPT-2 that the newest models of these runs have.
     Losses compare only where the run validates on FineWeb, which its recipe tells."""
     sizes = {}
-    for name in REACHED:
+    for name, figures in BASELINES.items():
         config = GPT2Config.from_descriptor(name)
-        sizes[config.num_layers, config.channels] = REACHED[name]
+        sizes[config.num_layers, config.channels] = figures
     found: dict[str, dict[str, float]] = {"loss": {}, "hellaswag": {}}
     for run in runs:
         # A run that goes on may just have taken its checkpoint away; the picture does without.
@@ -121,7 +128,7 @@ def reached(runs: Sequence[RunCurves]) -> dict[str, dict[str, float]]:
 def _validates_on_fineweb(folder: Path) -> bool:
     """Whether the validation tokens bear the name that llm.c's script and ours give them; FineWeb-Edu's differ."""
     files = load_recipe(str(folder / RECIPE_FILE)).get("val_data", "")
-    return any(part.startswith("fineweb") for part in Path(files).parts[-2:])
+    return Path(files).name.startswith("fineweb_val_")
 
 
 def smoothed(values: Sequence[float], weight: float | None = None) -> list[float]:

@@ -5,7 +5,7 @@ earlier files have from that step on. The package tensorboard (`pip install 'pyl
 nor PyTorch) gives the messages and their framing. Its own writer, a thread with a queue, is left alone: a killed run
 would lose what is in the queue, and a full disk would be met by a thread.
 
-Called by record.py, and by prepare.py before a run starts; calls nothing else of pyllmc.
+Called by record.py, and by prepare.py before a run starts; calls files.py and extras.py.
 """
 
 import contextlib
@@ -14,17 +14,18 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from .extras import needed
+from .files import naming_errors
+
 EVENTS_FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."
 
 
 def require_tensorboard() -> tuple[type, type]:
     """TensorBoard's message and what writes one to a file. ImportError where the package is missing."""
-    try:
+    with needed("tensorboard", "--tensorboard"):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError:
-        raise ImportError("--tensorboard needs the package of that name: pip install 'pyllmc[tensorboard]'") from None
     return Event, RecordWriter
 
 
@@ -50,11 +51,9 @@ class EventFile:
 
     def _write(self, **content) -> None:
         event = self._event(wall_time=time.time(), **content)
-        try:
+        with naming_errors(self._path):
             self._records.write(event.SerializeToString())
             self._records.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write this file: {error.strerror}", str(self._path)) from None
 
     def close(self) -> None:
         # What could not be written has been told.

@@ -1,6 +1,6 @@
 """Reading and writing whole files safely, and the header that llm.c's formats share.
 
-Every file but the growing main.log and the lock of a run's folder is written through `atomic_write`: under its final
+Every file but the growing main.log and lock files is written through `atomic_write`: under its final
 name there is either the whole new content or what was there before, whatever fails in between. Files that belong
 together go through `atomic_writes`. Called by all modules that read or write a file; imports only the standard library.
 """
@@ -25,6 +25,10 @@ SLOTS = struct.Struct("<256i")
 
 # Far more than any JSON here: a vocabulary has a megabyte, the header of a model of ten thousand layers twenty.
 MAX_JSON_BYTES = 32 * 2**20
+
+# A file is sampled by so many pieces of this size.
+PIECES = 16
+PIECE_BYTES = 1 << 16
 
 # The first number of every binary file of this family, its magic, and what such a file is: to say what was given for
 # another.
@@ -96,10 +100,25 @@ def atomic_writes(*paths: str | os.PathLike) -> Iterator[list[BinaryIO]]:
         raise
 
 
-def final_name(name: str) -> str | None:
-    """What a temporary file of this name was to become, had its process not been killed; None for another file."""
-    match = _TEMPORARY.fullmatch(name)
-    return match[1] if match else None
+@contextlib.contextmanager
+def naming_errors(path: str | os.PathLike, what: str = "cannot write this file") -> Iterator[None]:
+    """An OSError of the system in the block becomes one that says `what` of `path`: those of an open file have no name.
+    One that has its own words stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{what}: {error.strerror}", os.fspath(path)) from None
+
+
+def remove_temporaries(folder: Path, names: re.Pattern) -> None:
+    """Deletes what a process that was killed had begun to write in `folder`, to which nobody else writes now, under
+    names that fit."""
+    for name in os.listdir(folder):
+        match = _TEMPORARY.fullmatch(name)
+        if match and names.fullmatch(match[1]):
+            (folder / name).unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -206,3 +225,17 @@ def sha256_of(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_sample(file: BinaryIO) -> str:
+    """The SHA-256, in hexadecimal, of PIECES pieces of an open file at even distances, the first and the last bytes
+    among them; of the whole file if it has no more than these together."""
+    size, sample = file_size(file), hashlib.sha256()
+    if size <= PIECES * PIECE_BYTES:
+        starts, length = [0], size
+    else:
+        starts, length = [(size - PIECE_BYTES) * i // (PIECES - 1) for i in range(PIECES)], PIECE_BYTES
+    for start in starts:
+        file.seek(start)
+        sample.update(file.read(length))
+    return sample.hexdigest()

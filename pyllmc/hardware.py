@@ -2,8 +2,8 @@
 
 Called by prepare.py, train.py, generate.py, evaluate.py, verify.py and __main__.py, which print these figures, set the
 threads and refuse what cannot fit, by model.py, optimizer.py, modelfile.py and statefile.py before they allocate, and
-by the datasets. Reads the operating system's own files; calls only the backend's threads and its FMA loop. A figure
-that this system does not tell is None, never a guess.
+by the datasets. Reads the operating system's own files; calls figures.py for how sizes are written, and the backend's
+threads and its FMA loop. A figure that this system does not tell is None, never a guess.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from .backends import backend
+from .figures import format_bytes
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -91,7 +92,7 @@ def peak_gflops(seconds: float = 0.2) -> float:
     """The float32 peak of all threads in GFLOP/s, measured with a loop of independent fused multiply-adds.
 
     A multiply-add counts as two operations. Everything the ops compute is limited by it; what share of it training
-    reaches is flops_per_token * tokens/s / peak.
+    reaches is flops_per_token * tok/s / peak.
     """
     return backend("cpu").fma_peak(seconds)
 
@@ -111,17 +112,15 @@ def free_memory() -> int | None:
 def require_memory(num_bytes: int, what: str, instead: dict[str, int] | None = None) -> None:
     """MemoryError, before anything is allocated, if `what` needs more memory than is free.
 
-    The message has what of `instead`, name -> bytes, would need less.
+    The message has what of `instead`, name -> bytes, would fit.
     """
     if num_bytes < SMALL_BYTES:
         return
     free = free_memory()
     if free is not None and num_bytes > free:
-        message = f"{what} needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB is free"
-        for name, size in (instead or {}).items():
-            if size < num_bytes:
-                message += f"; {name} needs {size / 2**30:.2f} GiB"
-        raise MemoryError(message)
+        parts = [f"{what} needs {format_bytes(num_bytes)}, {format_bytes(free)} is free"]
+        parts += [f"{name} needs {format_bytes(size)}" for name, size in (instead or {}).items() if size <= free]
+        raise MemoryError("; ".join(parts))
 
 
 def _system_free() -> int | None:

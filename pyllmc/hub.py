@@ -3,7 +3,7 @@ again, and keeps what it fetched in its cache (HF_HOME says where). The extra `h
 
 Whatever it raises becomes an OSError in one line, which ends in what else one can do.
 
-Called by huggingface.py for models and by datasets/fineweb.py; calls nothing of pyllmc.
+Called by huggingface.py for models and by datasets/fineweb.py; calls extras.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .extras import needed
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -74,13 +76,8 @@ def missing_in_cache(
 @contextlib.contextmanager
 def _asking(what: str, otherwise: str) -> Iterator:
     """huggingface_hub; an error of the block becomes an OSError about `what`. ImportError where it is not installed."""
-    try:
+    with needed("hub", what, otherwise):
         import huggingface_hub
-    except ImportError:
-        raise ImportError(
-            f"{what}: is fetched from the Hugging Face hub with huggingface_hub; pip install 'pyllmc[hub]', or "
-            f"{otherwise}"
-        ) from None
     try:
         yield huggingface_hub
     except Exception as error:  # of a kind that depends on its version, and on the library that it reaches the net by

@@ -4,8 +4,7 @@ A run script of llm.c works here with its first word replaced: FLAGS maps each f
 whose settings, loop, files and messages are those that one finds there. A flag that only says how a GPU should go about
 its work, or what to tell of itself, is taken where the result is the same; one that cannot be honoured is an error,
 never ignored. As with llm.c a run that goes on may be given other flags, another learning rate or more steps; its
-folder's recipe follows them. Unlike llm.c's it ends after ten updates in a row that had to be left out, for -sl, -sg or
-because they were not finite.
+folder's recipe follows them. Unlike llm.c's it ends after ten skipped updates in a row, whatever they were skipped for.
 
 Without -o nothing is kept, as with llm.c: the run works in a temporary folder and writes no checkpoint. Calls train.py,
 settings.py, prepare.py for the request, and runs.py.

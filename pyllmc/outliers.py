@@ -1,8 +1,8 @@
-"""Which updates are left out: those whose loss or gradient norm is no finite number, or stands out from the last ones.
+"""Which updates are skipped: those whose loss or gradient norm is no finite number, or stands out from the last ones.
 
 A `Detector` gives each of a row of numbers its z-score, llm.c's: how many standard deviations it lies above the mean of
 the last 128. `Guard` has one for the loss and one for the norm, holds what they give against limits, and counts. Both
-have a state that JSON keeps bit for bit, so that a resumed run leaves out what an uninterrupted one does.
+have a state that JSON keeps bit for bit, so that a resumed run skips what an uninterrupted one does.
 
 Made by prepare.py, asked by train.py at every step; needs nothing but the standard library.
 """
@@ -59,7 +59,7 @@ class Detector:
         return {"values": list(self._values)}
 
     def load_state_dict(self, state) -> None:
-        """Goes on from `state`; ValueError, with nothing changed, if it is none."""
+        """Goes on from `state`; ValueError, with nothing changed, unless it is a state."""
         (values,) = _fields(state, "values")
         if not isinstance(values, list) or len(values) > WINDOW:
             raise ValueError(f"values must be a list of at most {WINDOW} numbers")
@@ -69,7 +69,7 @@ class Detector:
 
 
 class Verdict(NamedTuple):
-    """The z-scores of a step's loss and norm, nan where there is none, and why its update must be left out, or ""."""
+    """The z-scores of a step's loss and norm, nan where there is none, and why its update must be skipped, or ""."""
 
     loss_z: float
     norm_z: float
@@ -79,8 +79,8 @@ class Verdict(NamedTuple):
 class Guard:
     """Judges the steps of a run one after another. A limit is a z-score; 0 means that there is none.
 
-    `skipped` counts the updates left out since the run began, `in_a_row` those since the last one that was made;
-    `diverged` says that the last was left out because it was not finite.
+    `skipped` counts the updates skipped since the run began, `in_a_row` those since the last one that was made;
+    `diverged` says that the last was skipped because it was not finite.
     """
 
     def __init__(self, loss_limit: float = 0.0, norm_limit: float = 0.0):
@@ -95,7 +95,7 @@ class Guard:
         return any(self._limits.values()) and not self._loss and not self._norm
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Both go into their windows, also where the update is left out, as in llm.c. The loss comes first; a z-score
+        """Both go into their windows, also where the update is skipped, as in llm.c. The loss comes first; a z-score
         must be greater than the limit, and upward."""
         loss_z, norm_z = self._loss.update(loss), self._norm.update(norm)
         self.diverged = not (math.isfinite(loss) and math.isfinite(norm))
@@ -118,7 +118,7 @@ class Guard:
         }
 
     def load_state_dict(self, state) -> None:
-        """Goes on from `state`; ValueError, with nothing changed, if it is none."""
+        """Goes on from `state`; ValueError, with nothing changed, unless it is a state."""
         loss, norm, skipped, in_a_row, diverged = _fields(state, "loss", "norm", "skipped", "in_a_row", "diverged")
         if type(skipped) is not int or type(in_a_row) is not int or not 0 <= in_a_row <= skipped <= LARGEST_COUNT:
             raise ValueError("in_a_row and skipped must be whole numbers, and not more in a row than in all")

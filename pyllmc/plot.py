@@ -1,26 +1,29 @@
-"""Pictures of training runs: `python -m pyllmc.plot LOGDIR...`.
+"""Pictures of training runs: `python -m pyllmc.plot FOLDER...`.
 
 Draws training and validation loss, and below them, where a run has it, HellaSwag's accuracy, learning rate, gradient
 norm and speed, over steps, tokens or time, of one run or of several. What changes from step to step is faint, with a
 smoothed line over it; dashes are what GPT-2 and GPT-3 of that size reach. Works while a run goes on. Without matplotlib
-(`pip install matplotlib`) the same curves are a table in text.
+(`pip install 'pyllmc[plot]'`) the same curves are a table in text.
 
-Called by train.py at the end of a run, and from the command line; calls curves.py for what is drawn.
+Called by train.py at the end of a run, and from the command line; calls curves.py for what is drawn, and extras.py.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import ArgumentParser, printable, run_main
-from .curves import AXES, PANELS, RunCurves, panels_of, reached, read_runs, smoothed
+from .curves import AXES, PANELS, PICTURE_FILE, RunCurves, baselines, panels_of, read_runs, smoothed
+from .extras import needed
+from .figures import format_count
 from .files import atomic_write
-from .logs import format_count
 
-PICTURE_FILE = "loss.png"
 FORMATS = (".png", ".svg", ".pdf")
+# What is larger has no place on an axis that matplotlib can lay out.
+LARGEST = 1e30
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -29,28 +32,22 @@ GREY = "#666666"
 HEIGHTS = {"loss": 3.6, "hellaswag": 1.9, "lr": 1.15, "norm": 1.15, "speed": 1.15}  # inches
 Y_LABELS = {
     "loss": "loss (nats per token)", "hellaswag": "HellaSwag accuracy", "lr": "learning rate",
-    "norm": "gradient norm", "speed": "tokens/s",
+    "norm": "gradient norm", "speed": "tok/s",
 }  # fmt: skip
 UNITS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
-def plot_runs(
-    folders: str | Path | Sequence[str | Path],
-    path: str | Path | None = None,
-    over: str = "steps",
-    show: Sequence[str] = (),
-) -> Path:
-    """Draws one run's folder or several, and returns the picture's path: `loss.png` in the folder (of several, in the
-    current one) unless given. `over` is one of AXES, `show` are some of PANELS, or all that the runs have.
-    ImportError without matplotlib; OSError, ValueError for runs that cannot be drawn so."""
-    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
-    runs = read_runs(folders, over)
+def plot_runs(runs: Sequence[RunCurves], path: str | Path | None = None, show: Sequence[str] = ()) -> Path:
+    """Draws one run or several, and returns the picture's path: `loss.png` in the run's folder (of several, in the
+    current one) unless given. `show` are some of PANELS, or all that the runs have. ImportError without matplotlib;
+    OSError, ValueError for runs that cannot be drawn so."""
     panels = choose_panels(runs, show)
-    folder = folders[0] if len(folders) == 1 and Path(folders[0]).is_dir() else "."
-    path = Path(path) if path else Path(folder, PICTURE_FILE)
+    path = Path(path) if path else Path(runs[0].folder if len(runs) == 1 else ".", PICTURE_FILE)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
-    figure = _draw(runs, panels, over)
+    with needed("plot", path):
+        import matplotlib  # noqa: F401
+    figure = _draw(runs, panels)
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
     return path
@@ -68,24 +65,25 @@ def choose_panels(runs: Sequence[RunCurves], show: Sequence[str] = ()) -> list[s
 # ---- the picture ----------------------------------------------------------------------------------------------------
 
 
-def _draw(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps"):
+def _draw(runs: Sequence[RunCurves], panels: Sequence[str]):
     """The figure. Without pyplot: no window system is touched, and no state stays behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    runs = [_drawable(run) for run in runs]
     heights = [HEIGHTS[panel] for panel in panels]
     figure = Figure(figsize=(8, sum(heights) + 0.9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    axis, unit = _axis(runs, over)
-    dashes = reached(runs)
+    axis, unit = _axis(runs)
+    dashes = baselines(runs)
     for panel, axes in zip(panels, all_axes, strict=True):
         for index, run in enumerate(runs):
             # Of several runs each has a colour; of one the training and the validation have one each.
             colours = (COLOURS[0], COLOURS[1]) if len(runs) == 1 else (COLOURS[index % len(COLOURS)],) * 2
             # Which colour is whose is said once, in the first panel, and where there are figures to tell.
             named = len(runs) > 1 and panel == panels[0]
-            _draw_run(axes, panel, run, unit, colours, _printable(run.name) if len(runs) > 1 else "", named)
+            _draw_run(axes, panel, run, unit, colours, _label(run.name) if len(runs) > 1 else "", named)
         for name, value in dashes.get(panel, {}).items():
             style = ":" if name.startswith("GPT-3") else "--"
             label = f"{name} on FineWeb ({value:.3f})" if panel == "loss" else f"{name} ({value:.4f})"
@@ -97,7 +95,7 @@ def _draw(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps")
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="upper right" if panel == "loss" else "best")
-    _scale_x(all_axes[-1], over)
+    _scale_x(all_axes[-1], runs[0].over)
     all_axes[-1].set_xlabel(axis)
     title = _printable(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
     all_axes[0].set_title(title, loc="left", weight="bold")
@@ -105,14 +103,29 @@ def _draw(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps")
     return figure
 
 
+def _drawable(run: RunCurves) -> RunCurves:
+    """The run with nan, which leaves a gap, for what cannot be drawn: infinite and absurd values."""
+    curves = {
+        kind: {step: value if abs(value) <= LARGEST else math.nan for step, value in curve.items()}
+        for kind, curve in run.curves.items()
+    }
+    return dataclasses.replace(run, curves=curves)
+
+
 def _printable(name: str) -> str:
     """A folder's name may hold anything, also what a picture's text takes for a formula."""
     return printable(name).replace("$", r"\$")
 
 
-def _axis(runs: Sequence[RunCurves], over: str) -> tuple[str, float]:
-    """The name of the horizontal axis, and how much of it is one unit there: time is told in what suits the longest."""
-    if over != "time":
+def _label(name: str) -> str:
+    """The name of a run in a legend, which leaves out what begins with an underscore."""
+    return (" " if name.startswith("_") else "") + _printable(name)
+
+
+def _axis(runs: Sequence[RunCurves]) -> tuple[str, float]:
+    """The name of the horizontal axis, which is the same for all, and how much of it is one unit there: time is told in
+    what suits the longest."""
+    if (over := runs[0].over) != "time":
         return {"steps": "step", "tokens": "tokens trained on"}[over], 1
     longest = max(run.end for run in runs)
     unit = max((name for name in UNITS if longest >= 3 * UNITS[name]), key=UNITS.get, default="seconds")
@@ -136,12 +149,13 @@ def _draw_run(axes, panel: str, run: RunCurves, unit: float, colours: tuple[str,
 
 def _draw_dots(axes, kind: str, xs: list[float], values: list[float], colour: str, name: str) -> None:
     """What is measured now and then: validation loss, accuracy."""
-    decimals, best = (3, min(values)) if kind == "tel" else (4, max(values))
+    decimals, choose = (3, min) if kind == "tel" else (4, max)
+    best = choose((value for value in values if not math.isnan(value)), default=math.nan)
     what = {"tel": "validation"}.get(kind, "" if name else "this run")
     label = f"{', '.join(filter(None, (name, what)))} (last {values[-1]:.{decimals}f}, best {best:.{decimals}f})"
     axes.plot(xs, values, "o-", color=colour, linewidth=1.6, markersize=4.5, markeredgecolor="white", label=label)
     # Beside the last point; those of several runs would lie on one another.
-    if not name:
+    if not name and not math.isnan(values[-1]):
         axes.annotate(
             f"{values[-1]:.{decimals}f}", (xs[-1], values[-1]), xytext=(6, 0), textcoords="offset points", va="center",
             color=colour, weight="bold", annotation_clip=False,
@@ -166,7 +180,7 @@ def _scale(axes, panel: str, values: Sequence[float]) -> None:
     from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    values = [value for value in values if 0 < value < math.inf]
+    values = [value for value in values if value > 0]
     if panel not in ("loss", "hellaswag"):
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     if panel == "lr":
@@ -206,9 +220,9 @@ _COLUMNS = {
 _SMOOTHED = ("trl", "norm", "speed")
 
 
-def table(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps", rows: int = 12) -> str:
+def table(runs: Sequence[RunCurves], panels: Sequence[str], rows: int = 12) -> str:
     """The same curves as text: about `rows` lines a run, from the first step to the last."""
-    axis, unit = _axis(runs, over)
+    axis, unit = _axis(runs)
     lines = []
     for run in runs:
         kinds = [kind for panel in panels for kind in PANELS[panel] if panel == "loss" or run.curve(kind)]
@@ -218,11 +232,11 @@ def table(runs: Sequence[RunCurves], panels: Sequence[str], over: str = "steps",
         # Validations are the points of interest where there are enough of them; otherwise evenly spaced steps.
         steps = sorted(run.curve("tel"))
         steps = steps if len(steps) > 2 else sorted({step for curve in curves.values() for step in curve})
-        names = [*(["step"] if over == "steps" else ["step", axis]), *(_COLUMNS[kind][0] for kind in curves)]
+        names = [*(["step"] if run.over == "steps" else ["step", axis]), *(_COLUMNS[kind][0] for kind in curves)]
         cells = [names]
         for step in sorted({*steps[:: max(1, round(len(steps) / rows))], *steps[-1:]}):
             place = run.position(step) / unit
-            along = {"steps": [], "tokens": [format_count(place)], "time": [f"{place:.2f}"]}[over]
+            along = {"steps": [], "tokens": [format_count(place)], "time": [f"{place:.2f}"]}[run.over]
             cells.append([str(step), *along, *(_cell(kind, curve, step) for kind, curve in curves.items())])
         widths = [10, *(max(12, len(name) + 2) for name in names[1:])]
         lines.append(printable(run.name))
@@ -250,20 +264,20 @@ def _panels(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m pyllmc.plot", description="Draw training runs, also while they go on.")
-    parser.add_argument("folders", metavar="LOGDIR", nargs="+", help="folder of a run, with its main.log")
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", help="folder of a run, with its main.log")
     parser.add_argument("--over", choices=AXES, default="steps", help="the horizontal axis")
     parser.add_argument(
-        "--show", type=_panels, default=[], metavar="PANELS",
+        "--show", type=_panels, metavar="PANELS",
         help=f"some of {','.join(PANELS)}; by default all that the runs have",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="FILE", help="the picture, .png .svg or .pdf; by default LOGDIR/loss.png")
+    parser.add_argument("--out", metavar="FILE", help="the picture, .png .svg or .pdf; by default FOLDER/loss.png")
     options = parser.parse_args(argv)
+    runs, show = read_runs(options.folders, options.over), options.show or ()
     try:
-        print(plot_runs(options.folders, options.out, options.over, options.show))
+        print(plot_runs(runs, options.out, show))
     except ImportError as error:
-        runs = read_runs(options.folders, options.over)
-        print(table(runs, choose_panels(runs, options.show), options.over))
-        print(f"\nNo picture: {error}; pip install matplotlib draws one.", file=sys.stderr)
+        print(table(runs, choose_panels(runs, show)))
+        print(f"\nno picture: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

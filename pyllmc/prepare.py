@@ -12,6 +12,7 @@ the run's parts, datasets and hardware.py.
 
 import filecmp
 import math
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -22,18 +23,19 @@ from .backends import backend
 from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint, remove_unfinished
 from .cli import printable
 from .config import GPT2Config
+from .console import Console, Pace
 from .dataloader import DataLoader, matching_files
 from .datasets import SHAKESPEARE, prepare_text
 from .datasets.common import TRAIN_FILE, VAL_FILE
 from .events import require_tensorboard
+from .figures import aligned, format_bytes, format_count, format_duration, format_share
 from .hellaswag import HellaSwag
 from .huggingface import HUB_NAMES, find_folder
-from .logs import Console, Pace, aligned, format_bytes, format_count, format_duration, format_share
 from .model import GPT2, model_folder, model_format
 from .optimizer import AdamW
 from .outliers import WINDOW, Guard
 from .runs import TEXT_AGAIN
-from .settings import GEOMETRY, Settings, flag, is_path
+from .settings import GEOMETRY, PATTERNS, Settings, flag, is_path
 from .tensors import MOST_RECOMPUTE
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
@@ -45,21 +47,22 @@ PROCESS_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SL
 @dataclass(frozen=True)
 class Request:
     """What a command line asks for: settings (those of a resumed run come from its folder), where, and whether to go
-    on. `given` names the settings that it, or its recipe, gave; the rest are what they are by default. A `temporary`
-    folder goes away with the run."""
+    on. `given` names the settings that it, or its recipe, gave; the rest are what they are by default; `moved` those
+    whose path is not what it was when the resumed run began. A `temporary` folder goes away with the run."""
 
     settings: Settings
     folder: Path
     resume: bool
     given: frozenset[str]
+    moved: frozenset[str] = frozenset()
     temporary: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """Everything that one training run works with. `peak` is the machine's in GFLOP/s, `free_memory` what was free in
-    bytes, where known, before the run took its share; `start` of the `num_steps` steps are done; `origin` goes into the
-    checkpoints (provenance.py)."""
+    """Everything that one training run works with. `free_memory` is what was free in bytes, where known, before the
+    run took its share; `start` of the `num_steps` steps are done; what the checkpoints keep of it is `provenance`
+    (provenance.py) and the state of `guard`."""
 
     settings: Settings
     folder: Path
@@ -75,9 +78,8 @@ class Run:
     start: int
     console: Console
     pace: Pace
-    peak: float
     free_memory: int | None
-    origin: dict
+    provenance: dict
     validation_loss: float = math.nan
 
     @property
@@ -88,12 +90,7 @@ class Run:
     @property
     def extra(self) -> dict:
         """What a checkpoint keeps beside model and training state: for a run that goes on, bit for bit."""
-        return self.origin | {"detector": self.guard.state_dict()}
-
-    @property
-    def unit(self) -> str:
-        """What a token is."""
-        return "character" if isinstance(self.tokenizer, CharTokenizer) else "token"
+        return self.provenance | {"detector": self.guard.state_dict()}
 
 
 # ---- checks before anything is read or written ----------------------------------------------------------------------
@@ -178,8 +175,22 @@ def _needed_memory(settings: Settings, config: GPT2Config) -> int:
     return needed + config.activation_bytes(B, T, training=False) if settings.hellaswag else needed
 
 
-def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> None:
-    """ValueError if memory or disk cannot hold what training this model takes, or the batch does not fit the model."""
+def _checkpoints_to_come(settings: Settings, folder: Path, start: int) -> int:
+    """How many more checkpoints than now will be in the folder at most, of a run that has done `start` steps; a new one
+    is complete before an old one goes."""
+    every, last = settings.checkpoint_every, settings.max_steps
+    if every < 0 or 0 < last <= start:
+        return 0
+    if settings.keep_checkpoints:
+        # What an earlier run left moves out of the way, and stays.
+        there = len(list_steps(folder)) if start else 0
+        return max(1, settings.keep_checkpoints + 1 - there)
+    return 1 + (max(0, last // every - start // every) if every else 0)
+
+
+def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0, start: int = 0) -> None:
+    """ValueError if memory or disk cannot hold what training this model takes after `start` steps, or the batch does
+    not fit the model."""
     settings, folder = request.settings, request.folder
     _batch_shape(settings, config)
     needed, free = _needed_memory(settings, config), hardware.free_memory()
@@ -188,18 +199,14 @@ def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0) -> No
         ways = []
         for name, value in (("recompute", MOST_RECOMPUTE), ("batch_size", 1)):
             then = _needed_memory(replace(settings, **{name: value}), config)
-            if then < needed:
-                ways.append(f"{flag(name)} {value} needs {format_bytes(then)}; ")
+            if then <= free:
+                ways.append(f"{flag(name)} {value} needs {format_bytes(then)}; or ")
         raise ValueError(
             f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; "
-            f"{''.join(ways)}or reduce --seq-len, or {smaller}"
+            f"{''.join(ways)}reduce --seq-len, or {smaller}"
         )
-    # Parameters, m and v in each checkpoint; a new one is complete before an old one goes.
-    every = settings.checkpoint_every
-    copies = settings.keep_checkpoints + 1
-    if not settings.keep_checkpoints:
-        copies = 1 + (settings.max_steps // every if every > 0 else 0)
-    needed = (0 if every < 0 else copies * 12 * config.num_parameters_padded) + 2 * text_bytes
+    # Parameters, m and v in each checkpoint.
+    needed = _checkpoints_to_come(settings, folder, start) * 12 * config.num_parameters_padded + 2 * text_bytes
     free = hardware.free_disk(folder)
     if free is not None and needed > free:
         raise ValueError(
@@ -270,8 +277,10 @@ def _loaders(request: Request, config: GPT2Config, T: int) -> tuple[DataLoader, 
     return train_loader, DataLoader(val, B, T, vocab_size=config.vocab_size) if val else None
 
 
-def _newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Where the run in the folder goes on; None if it has saved nothing yet. ValueError if all it saved is damaged."""
+def _newest_checkpoint(request: Request) -> Checkpoint | None:
+    """Where the run in the folder goes on; None if it has saved nothing yet. ValueError if all it saved is damaged, if
+    it saves nothing, or if nothing tells that the files it has elsewhere now are those it began with."""
+    settings, folder = request.settings, request.folder
     remove_unfinished(folder)
     checkpoint = find_latest(folder)
     if checkpoint is None and list_steps(folder):
@@ -279,7 +288,33 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
             f"{folder}: no checkpoint is whole; put one back from a copy, or start anew without --resume (with "
             "--keep-checkpoints 2 there is one more to go back to)"
         )
+    if checkpoint is None and settings.checkpoint_every < 0:
+        raise ValueError(
+            f"{folder}: this run saves no checkpoints, so there is none to go on from; start anew without --resume"
+        )
+    for name in sorted(request.moved):
+        # Of the model to start from nothing is needed any more; of the data provenance.py knows.
+        if checkpoint is None or (name == "train_data" and "data" not in checkpoint.extra):
+            raise ValueError(
+                f"{folder}: this run began with another path than {flag(name)} {getattr(settings, name)}, and has no "
+                "checkpoint that tells whether the same is there; put the files back where they were, or start another "
+                "run with another --out"
+            )
+    if checkpoint is None:
+        print(f"{folder}: no checkpoint yet: from the start", file=sys.stderr)
     return checkpoint
+
+
+def _check_data_is_there(settings: Settings) -> None:
+    """FileNotFoundError if the token files of a resumed run are not where they were."""
+    for name in PATTERNS:
+        if pattern := getattr(settings, name):
+            try:
+                matching_files(pattern)
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{pattern}: no such token file any more; if it was moved, say with {flag(name)} where it is now"
+                ) from None
 
 
 def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int) -> GPT2:
@@ -290,7 +325,7 @@ def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int) -> G
 
 
 def _load_extra(checkpoint: Checkpoint, extra: dict, guard: Guard) -> None:
-    """Takes up Run.extra where the checkpoint has it: llm.c's have nothing of the kind."""
+    """Takes up what Run.extra keeps of a guard, where the checkpoint has it: llm.c's have nothing of the kind."""
     if "detector" in extra:
         try:
             guard.load_state_dict(extra["detector"])
@@ -301,12 +336,16 @@ def _load_extra(checkpoint: Checkpoint, extra: dict, guard: Guard) -> None:
 def prepare(request: Request) -> Run:
     """Data, model and optimizer: new, or from the newest checkpoint in the folder, which the caller has claimed."""
     settings, folder = request.settings, request.folder
-    checkpoint = _newest_checkpoint(folder) if request.resume else None
+    checkpoint = None
+    if request.resume:
+        checkpoint = _newest_checkpoint(request)
+        _check_data_is_there(settings)
+    start = checkpoint.step if checkpoint else 0
     config = existing_config(settings, checkpoint)
     tokenizer = _tokenizer_of_files(request, config) if settings.train_data else _tokens_of_text(request, config)
     config = config or new_config(settings, tokenizer.vocab_size)
     free_memory = hardware.free_memory()
-    check_needs(request, config)
+    check_needs(request, config, start=start)
     B, T, batches_per_step = _batch_shape(settings, config)
     train_loader, val_loader = _loaders(request, config, T)
     hellaswag = HellaSwag(settings.hellaswag, B, T, config.vocab_size) if settings.hellaswag else None
@@ -316,9 +355,9 @@ def prepare(request: Request) -> Run:
             f"{settings.train_data or folder}: {train_loader.num_tokens:,} tokens are fewer than one step's "
             f"{batches_per_step * B * T:,}; reduce --total-batch-size"
         )
-    origin = provenance.describe(train_loader.shards, val_loader.shards if val_loader else [], backend("cpu"))
+    made_of = provenance.describe(train_loader.shards, val_loader.shards if val_loader else [], backend("cpu"))
     if checkpoint is not None:
-        provenance.compare(checkpoint.extra, origin, str(checkpoint.done_path))
+        provenance.compare(checkpoint.extra, made_of, str(checkpoint.done_path))
         model = _load_model(checkpoint, config, settings.recompute)
     elif path := _path_of_init(settings):
         model = GPT2.from_checkpoint(path, recompute=settings.recompute)
@@ -333,15 +372,24 @@ def prepare(request: Request) -> Run:
         _load_extra(checkpoint, load_checkpoint(checkpoint, optimizer, train_loader), guard)
         if checkpoint.step > num_steps:
             raise ValueError(f"{checkpoint.model_path}: is beyond the run's last step, {num_steps}")
-    # Another process may take its share for a moment: of two measurements the better one is the machine's.
-    peak = hardware.peak_gflops(0.1)
-    pace = _measure_pace(settings, model, train_loader, val_loader, hellaswag, batches_per_step, num_steps)
-    peak = max(peak, hardware.peak_gflops(0.1))
     return Run(
-        settings, folder, tokenizer, train_loader, val_loader, hellaswag, model, optimizer, guard,
-        batches_per_step, num_steps, checkpoint.step if checkpoint else 0, Console(num_steps, settings.log_every), pace,
-        peak, free_memory, origin,
-    )  # fmt: skip
+        settings=settings,
+        folder=folder,
+        tokenizer=tokenizer,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        hellaswag=hellaswag,
+        model=model,
+        optimizer=optimizer,
+        guard=guard,
+        batches_per_step=batches_per_step,
+        num_steps=num_steps,
+        start=start,
+        console=Console(num_steps, settings.log_every),
+        pace=_measure_pace(settings, model, train_loader, val_loader, hellaswag, batches_per_step, num_steps),
+        free_memory=free_memory,
+        provenance=made_of,
+    )
 
 
 def _num_val_batches(settings: Settings, val_loader: DataLoader | None) -> int:
@@ -364,16 +412,18 @@ def _measure_pace(
     position = train_loader.state_dict()
     batch = train_loader.next_batch()
     train_loader.load_state_dict(position)
-    times = []
+    # Another process may take its share for a moment: of two measurements the better one is the machine's.
+    peak, times = hardware.peak_gflops(0.1), []
     # The first time also allocates; a large model's step takes long enough to be the measure itself.
     while len(times) < 5 and sum(times) < 3.0:
         begin = time.perf_counter()
         float(model.forward_backward(*batch))
         model.zero_grad()
         times.append(time.perf_counter() - begin)
+    peak = max(peak, hardware.peak_gflops(0.1))
     B, T = batch[0].shape
     tokens = batches_per_step * B * T
-    pace = Pace(num_steps, tokens, model.config.flops_per_token(T), batches_per_step * min(times))
+    pace = Pace(num_steps, tokens, model.config.flops_per_token(T), batches_per_step * min(times), peak)
     # Validation and HellaSwag are all forward, a third of a step.
     pace.pause("validation", settings.val_every, _num_val_batches(settings, val_loader) * min(times) / 3)
     if hellaswag is not None:
@@ -389,15 +439,16 @@ def print_plan(run: Run) -> None:
     settings, config, pace = run.settings, run.model.config, run.pace
     ops, N = backend("cpu"), run.num_steps
     B, T = run.train_loader.B, run.train_loader.T
-    tokens, unit = run.train_loader.num_tokens, run.unit
+    tokens = run.train_loader.num_tokens
     held_out = f"{run.val_loader.num_tokens:,} held out" if run.val_loader else "none held out"
     free, threads = run.free_memory, ops.get_num_threads()
     if settings.train_data:
         data = {"data": f"{settings.train_data}: {tokens:,} tokens to train on, {held_out}"}
     else:
-        different = f", {config.vocab_size - 1} different ones" if unit == "character" else ""
+        characters = isinstance(run.tokenizer, CharTokenizer)
+        kind = f"; a token is a character, one of {config.vocab_size - 1}" if characters else ""
         source = settings.text or "nine plays of Shakespeare, built in"
-        data = {"text": f"{source}: {tokens:,} {unit}s to train on, {held_out}{different}"}
+        data = {"text": f"{source}: {tokens:,} tokens to train on, {held_out}{kind}"}
     if run.hellaswag:
         data["HellaSwag"] = f"{settings.hellaswag}: {run.hellaswag.num_examples:,} examples"
     accumulated = f"{run.batches_per_step} x " if run.batches_per_step > 1 else ""
@@ -405,14 +456,14 @@ def print_plan(run: Run) -> None:
         "model": (f"{settings.init}: " if settings.init else "")
         + f"{config.num_parameters:,} parameters (layers {config.num_layers}, heads {config.num_heads}, "
         f"channels {config.channels}, context {config.max_seq_len})",
-        "steps": f"{N:,} of {accumulated}{B} x {T} {unit}s, {N * pace.tokens_per_step / tokens:.2g} times the data; "
-        f"learning rate {settings.learning_rate:g}, {settings.schedule}; seed {settings.seed}",
+        "steps": f"{N:,} of {accumulated}{B} x {T} tokens, {N * pace.tokens_per_step / tokens:.2g} times the data; "
+        f"{_describe_rate(settings, N)}; seed {settings.seed}",
         "machine": f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
-        f"peak {run.peak:.0f} GFLOP/s (float32, measured)",
+        f"peak {pace.peak:.0f} GFLOP/s (float32, measured)",
         "memory": f"{format_bytes(_needed_memory(settings, config))} needed"
         + (f" of {format_bytes(free)} free" if free is not None else ""),
-        "speed": f"about {format_count(pace.tokens_per_second)} {unit}s/s, {format_share(pace.gflops / run.peak)} "
-        f"of the peak (6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each)",
+        "speed": f"about {format_count(pace.tokens_per_second)} tok/s, {format_share(pace.share_of_peak)} of the peak "
+        f"(6 N + 6 L C T = {pace.flops_per_token / 1e6:.2f} MFLOP for each token)",
         "time": f"about {format_duration(pace.seconds_left(run.start))}",
         "folder": str(run.folder),
     }
@@ -423,3 +474,15 @@ def print_plan(run: Run) -> None:
             rows["resumed"] += f"; their losses are not known, so there are no z-scores before step {first:,}"
     run.console.line(printable(aligned(list(rows.items())), keep="\n"))
     run.console.line()
+
+
+def _describe_rate(settings: Settings, num_steps: int) -> str:
+    """The learning rate in words. The constant schedule has no warm-up; with one of all the steps only the last has the
+    peak."""
+    warmup = 0 if settings.schedule == "constant" else settings.warmup
+    when = ""
+    if warmup > num_steps:
+        when = f", never reached in a warm-up of {warmup:,} steps"
+    elif warmup:
+        when = f" after {warmup:,} steps of warm-up"
+    return f"learning rate {settings.learning_rate:g}{when}, {settings.schedule}"

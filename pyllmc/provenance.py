@@ -16,19 +16,14 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 
 from . import __version__
-from .files import sha256_of
+from .files import sha256_of, sha256_of_sample
 from .tokenfile import HEADER_BYTES, Shard
-
-# A file is sampled by so many pieces of this size at even distances, the first and the last bytes among them; one that
-# has no more than these together is read as a whole.
-PIECES = 16
-PIECE_BYTES = 1 << 16
 
 _FILE = {"name": str, "bytes": int, "tokens": int, "header": str, "sample": str}
 _ARITHMETIC = ("versions", "pyllmc"), ("algorithms", "isa"), ("algorithms", "build")
@@ -52,31 +47,21 @@ def describe(train: Sequence[Shard], val: Sequence[Shard], ops: ModuleType) -> d
 
 def _describe_file(shard: Shard) -> dict:
     size, _ = shard.stamp
-    header, sample = hashlib.sha256(), hashlib.sha256()
     with shard.open() as file:
-        header.update(file.read(HEADER_BYTES))
-        if size <= PIECES * PIECE_BYTES:
-            starts, length = [0], size
-        else:
-            starts, length = [(size - PIECE_BYTES) * i // (PIECES - 1) for i in range(PIECES)], PIECE_BYTES
-        for start in starts:
-            file.seek(start)
-            sample.update(file.read(length))
+        header, sample = hashlib.sha256(file.read(HEADER_BYTES)).hexdigest(), sha256_of_sample(file)
     return {
         "name": os.path.basename(shard.path), "bytes": size, "tokens": shard.num_tokens,
-        "header": header.hexdigest(), "sample": sample.hexdigest(),
+        "header": header, "sample": sample,
     }  # fmt: skip
 
 
-def compare(
-    saved: dict, now: dict, source: str, *, report: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
-) -> None:
+def compare(saved: dict, now: dict, source: str) -> None:
     """ValueError, with the first file that differs, if the files to train on `now` are not those of `saved`, the extra
-    of a checkpoint whose DONE is `source`. What changes no meaning is told to `report`, a line each: other files to
-    validate on, another pyllmc or instruction set, or that nothing was saved, as by llm.c."""
+    of a checkpoint whose DONE is `source`. What changes no meaning is a line on stderr: other files to validate on,
+    another pyllmc or instruction set, or that nothing was saved, as by llm.c."""
     files = _saved_files(saved, source)
     if files is None:
-        report(f"{source}: does not say what the run was trained on, so it goes on with the data as they are")
+        _note(f"{source}: does not say what the run was trained on, so it goes on with the data as they are")
     else:
         if difference := _difference(files["train"], now["data"]["train"]):
             raise ValueError(
@@ -84,8 +69,12 @@ def compare(
                 "start another run, with --init on this one's model"
             )
         if files["val"] and now["data"]["val"] and (difference := _difference(files["val"], now["data"]["val"])):
-            report(f"validation losses before and after {source} are of different data: {difference}")
-    _compare_arithmetic(saved, now, source, report)
+            _note(f"validation losses before and after {source} are of different data: {difference}")
+    _compare_arithmetic(saved, now, source)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _saved_files(saved: dict, source: str) -> dict[str, list[dict]] | None:
@@ -127,11 +116,11 @@ def _difference(before: list[dict], now: list[dict]) -> str | None:
     return None
 
 
-def _compare_arithmetic(saved: dict, now: dict, source: str, report: Callable[[str], None]) -> None:
+def _compare_arithmetic(saved: dict, now: dict, source: str) -> None:
     for part, name in _ARITHMETIC:
         before = saved.get(part)
         before = before.get(name) if isinstance(before, dict) else None
         if before is not None and before != now[part][name]:
             changed = "another build of the ops" if name == "build" else f"{name} {before}, now {now[part][name]}"
-            report(f"{source}: was computed with {changed}: what follows may differ from it in rounding")
+            _note(f"{source}: was computed with {changed}: what follows may differ from it in rounding")
             return

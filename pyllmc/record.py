@@ -4,14 +4,14 @@
     times.csv      tokens and seconds of each update
     tensorboard/   all of it, if asked for
 
-Called by train.py; calls logs.py and events.py.
+Called by train.py, which hands it the figures of an update as one value, `Update`; calls logs.py and events.py.
 """
 
 import contextlib
 from pathlib import Path
 
 from .events import EVENTS_FOLDER, EventFile
-from .logs import LOG_FILE, TIMES_FILE, MainLog, Times
+from .logs import LOG_FILE, TIMES_FILE, MainLog, Times, Update
 
 
 class Record:
@@ -37,12 +37,12 @@ class Record:
         self._log.evaluation(step, accuracy)
         self._show(step, {"hellaswag": accuracy})
 
-    def train(self, step: int, loss: float, learning_rate: float, norm: float, tokens: int, seconds: float) -> None:
-        """The figures of update `step`, which saw so many tokens and took so long."""
-        self._log.train(step, loss, learning_rate, norm)
-        self._times.train(step, tokens, seconds)
-        speed = tokens / seconds
-        self._show(step, {"loss/train": loss, "lr": learning_rate, "norm": norm, "tokens_per_second": speed})
+    def train(self, step: int, update: Update) -> None:
+        """The figures of update `step`."""
+        self._log.train(step, update)
+        self._times.train(step, update)
+        loss, rate, norm, tokens, seconds = update
+        self._show(step, {"loss/train": loss, "lr": rate, "norm": norm, "tokens_per_second": tokens / seconds})
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         if self._events is not None:

@@ -107,6 +107,9 @@ class Settings:
         str, "HellaSwag's file (python -m pyllmc.datasets hellaswag), to be measured with each validation but the "
         "first", "", metavar="FILE", result=False,
     )  # fmt: skip
+    shuffle: bool = option(bool, "take the data in a random order, as llm.c draws it", True)
+    scatter_rows: bool = option(bool, "draw every sequence of a batch by itself, not the batch as one piece", False)
+    overfit: bool = option(bool, "train on the first batch again and again: a check, the loss must go to 0", False)
     init: str = option(
         str, "the model to start from: a size (d12, gpt3:c768) with new weights, a model file, the folder of a Hugging "
         f"Face GPT-2, or {', '.join(HUB_NAMES)}", "", metavar="SIZE|FILE.bin|FOLDER|NAME",
@@ -121,6 +124,7 @@ class Settings:
         _count_or_zero, "tokens in one step, as several batches whose gradients are added; 0 means one batch", 0
     )
     max_steps: int = option(_count_or_zero, "steps to train; 0 means once through the data", 0)
+    seed: int = option(cli.seed, "seed of new weights and of the order of the data", 42)
     learning_rate: float = option(cli.positive_float, "peak learning rate", 3e-4, metavar="X")
     warmup: int = option(_count_or_zero, "steps in which the learning rate rises to its peak", 0)
     schedule: str = option(str, "how the learning rate falls after the warm-up", "cosine", choices=SCHEDULES)
@@ -139,18 +143,13 @@ class Settings:
         cli.non_negative_float, "scale gradients down to this norm; 0 leaves them alone", 1.0, metavar="X"
     )
     skip_loss_z: float = option(
-        cli.non_negative_float, "skip an update whose loss has a higher z-score than this: standard deviations above "
-        "the mean of the last 128 steps, 11.26 at most; 0 skips none", 0.0, metavar="X",
+        cli.non_negative_float, "skip an update whose loss lies more than this many standard deviations above the mean "
+        "of the last 128 (a z-score, never above 11.27); 0 skips none", 0.0, metavar="X",
     )  # fmt: skip
     skip_norm_z: float = option(cli.non_negative_float, "the same for the norm of the gradients", 0.0, metavar="X")
     max_skipped: int = option(
-        _count, "end the run after so many skipped updates in a row, for this or because the loss or the gradient was "
-        "not finite", 10, result=False,
-    )  # fmt: skip
-    shuffle: bool = option(bool, "take the data in a random order, as llm.c draws it", True)
-    scatter_rows: bool = option(bool, "draw every sequence of a batch by itself, not the batch as one piece", False)
-    overfit: bool = option(bool, "train on the first batch again and again: a check, the loss must go to 0", False)
-    seed: int = option(cli.seed, "seed of new weights and of the order of the data", 42)
+        _count, "end the run after so many skipped updates in a row, whatever they were skipped for", 10, result=False
+    )
     recompute: int = option(
         _recompute_level, "to save memory, do again in the backward pass: 1 GELU (a fifth less for activations), 2 the "
         "layernorms too (a third less); the results are the same", 1, metavar="0|1|2", result=False,
@@ -170,7 +169,10 @@ class Settings:
     checkpoint_every: int = option(
         _checkpoint_interval, "steps between checkpoints; 0 means only at the end, -1 never", 0, result=False
     )
-    keep_checkpoints: int = option(_count_or_zero, "newest checkpoints to keep; 0 keeps all", 1, result=False)
+    keep_checkpoints: int = option(
+        _count_or_zero, "newest checkpoints to keep; 0 keeps all. One that follows a skipped update counts only after "
+        "the next update that is made, so until then there is one more", 1, result=False,
+    )  # fmt: skip
     keep_every: int = option(
         _count_or_zero, "checkpoints at multiples of this step stay for ever; 0 means none do", 0, result=False
     )
@@ -182,12 +184,24 @@ class Settings:
 
 
 FIELDS = {setting.name: setting for setting in fields(Settings)}
+# What the help puts together: each of these begins with a setting, and goes on to the next one's.
+GROUPS = {
+    "text": "data",
+    "init": "model",
+    "batch_size": "batch and steps",
+    "learning_rate": "AdamW and learning rate",
+    "skip_loss_z": "skipped updates",
+    "recompute": "machine",
+    "out": "folder and reports",
+}
 GEOMETRY = ("layers", "heads", "channels", "context")
 # Where the data and the model come from. Any of these but the text makes a run that stands on the table, not on the
 # default recipe, which is for a small new model.
 SOURCES = ("text", "train_data", "val_data", "init")
 PATHS = (*SOURCES, "hellaswag")
 PATTERNS = ("train_data", "val_data")
+# What may lie elsewhere when a run goes on, where a checkpoint tells that it is the same.
+MOVABLE = ("train_data", "init")
 # What `init` means as a size, known or not: anything else that it says is a path or one of HUB_NAMES.
 SIZE = re.compile(r"(?:\w+:)?[cd]\d+", re.ASCII)
 
@@ -198,9 +212,11 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: cli.ArgumentParser, defaults: dict) -> None:
-    """Gives `parser` one option for each setting; those not on the command line come out as None. The help shows
-    `defaults`, which has all settings."""
+    """Gives `parser` one option for each setting; those not on the command line come out as None. The help shows them
+    in their GROUPS, with `defaults`, which has all settings."""
     for name, setting in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         metadata, default = setting.metadata, defaults[name]
         if setting.type is bool:  # types are classes here: this module's annotations are not strings
             how = {"action": argparse.BooleanOptionalAction, "default": None}
@@ -209,7 +225,7 @@ def add_options(parser: cli.ArgumentParser, defaults: dict) -> None:
             choices = metadata["choices"]
             how = {"type": metadata["check"], "choices": choices, "metavar": None if choices else metadata["metavar"]}
         shown = f" (default: {default})" if default != "" else ""
-        parser.add_argument(flag(name), help=metadata["help"] + shown, **how)
+        group.add_argument(flag(name), help=metadata["help"] + shown, **how)
 
 
 def _checked(name: str, value, source: str):
@@ -318,18 +334,24 @@ def save_recipe(settings: Settings, path: str | Path) -> None:
         file.write(("\n".join(lines) + "\n").encode("utf-8", "replace"))
 
 
-def check_resumable(recorded: dict, asked: dict, folder: Path) -> None:
+def check_resumable(recorded: dict, asked: dict, folder: Path) -> frozenset[str]:
     """ValueError if `asked` changes a setting on which the result of the run in `folder` depends. `recorded` has all
-    settings. The text may have moved: prepare.py compares what is in it, and says that a model that was there has a
-    geometry of its own."""
+    settings. Returns those of MOVABLE that have another path now: prepare.py compares what is there, as it does with
+    the text, which may have moved too, and says that a model that was there has a geometry of its own."""
+    moved = set()
     for name, value in asked.items():
         if recorded["init"] and name in GEOMETRY:
             continue
         before = recorded[name]
-        if name in PATHS and value and before and is_path(name, value):
+        are_paths = name in PATHS and is_path(name, value) and is_path(name, before)
+        if are_paths:
             value, before = (_in_folder(Path.cwd(), path, name) for path in (value, before))
-        if FIELDS[name].metadata["result"] and name != "text" and value != before:
+        if not FIELDS[name].metadata["result"] or name == "text" or value == before:
+            continue
+        if not are_paths or name not in MOVABLE:
             raise ValueError(
                 f"{folder}: this run has {name} = {recorded[name]}, and {flag(name)} {value} was asked for; resume it "
                 f"without {flag(name)}, or start another run with another --out"
             )
+        moved.add(name)
+    return frozenset(moved)

@@ -4,13 +4,8 @@ Puts the pieces together: settings (settings.py), the run's folder (runs.py), da
 whose order is llm.c's: for step = 0 .. N validate, measure HellaSwag, sample, save, train; the last round does all but
 the last. Checkpoint number S has S updates behind it, and `--resume` goes on from it bit for bit.
 
-Exit codes, for scripts that start a run again until it is done:
-
-    0              the run is complete
-    1, 2           an error, of the input (a full disk too) or of the command line, which a new start would meet again
-    129, 130, 143  stopped by SIGHUP, Ctrl-C or SIGTERM after finishing the step and saving: --resume goes on
-    141            the same, because whoever read the output went away
-    137            killed (128 + SIGKILL, told by the shell): --resume goes on from the newest whole checkpoint
+The exit codes are those of cli.py; a run that is stopped by a signal, or whose reader goes away, has saved before it
+ends. docs/long_runs.md is about runs that are stopped, killed and gone on with.
 """
 
 import contextlib
@@ -26,11 +21,13 @@ from pathlib import Path
 
 from . import cli, hardware, runs
 from .checkpoint import list_steps, remove_old_checkpoints, save_checkpoint
+from .curves import read_runs
 from .datasets import SHAKESPEARE
+from .figures import format_duration
 from .generate import stream_text
-from .logs import format_duration
+from .logs import Update
 from .optimizer import clip_scale, grad_norm
-from .plot import PICTURE_FILE, plot_runs
+from .plot import plot_runs
 from .prepare import (
     Request,
     Run,
@@ -52,7 +49,6 @@ from .settings import (
     check_resumable,
     load_recipe,
     run_name,
-    save_recipe,
 )
 
 
@@ -98,9 +94,9 @@ def _read_request(argv: Sequence[str] | None) -> Request:
         "The run's folder gets its checkpoint, its tokenizer, main.log and loss.png; an earlier run that is there "
         "moves to FOLDER.1. Ctrl-C saves a checkpoint and stops. The defaults shown are those of such a run; with "
         "--init or --train-data they are llm.c's.",
-        epilog="Exit codes: 0 the run is complete; 1 or 2 an error (on a full disk the last checkpoint stays); "
-        "130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP, after the step was finished and saved: the same with "
-        "--resume goes on, as it does after the process was killed.",
+        epilog="Exit codes: 0 the run is complete; 1 or 2 an error (on a full disk the last checkpoint stays); 130, "
+        "143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP, 141 the reader of the output went away, all after the step "
+        "was finished and saved. Then, and after the process was killed (137), the same with --resume goes on.",
     )
     parser.add_argument("--recipe", metavar="NAME|FILE.toml", help="settings to start from; options override them")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its checkpoint")
@@ -111,13 +107,14 @@ def _read_request(argv: Sequence[str] | None) -> Request:
     asked = (load_recipe(recipe) if recipe else {}) | given
     folder = Path(asked.get("out") or Path("out", run_name(recipe, asked if not recipe else given)))
     base = base_settings(asked)
+    moved = frozenset()
     if resume:
         if not runs.has_run(folder):
             raise ValueError(f"{folder}: no run is there to resume; name its folder with --out, or leave out --resume")
         recorded = load_recipe(str(folder / RECIPE_FILE))
         base = base_settings(recorded) | recorded
-        check_resumable(base, asked, folder)
-    return Request(Settings(**base | asked), folder, resume, frozenset(asked))
+        moved = check_resumable(base, asked, folder)
+    return Request(Settings(**base | asked), folder, resume, frozenset(asked), moved)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _loop(run: Run, log: Record, stop: Stop) -> int:
+def _loop(run: Run, record: Record, stop: Stop, claim: runs.Claim) -> int:
     """Trains to the end, or to the step in which it is asked to stop; returns how many updates are done, and saved."""
     settings, console, last = run.settings, run.console, run.num_steps
     step, saved = run.start, run.start if run.start in list_steps(run.folder) else None
@@ -138,10 +135,10 @@ def _loop(run: Run, log: Record, stop: Stop) -> int:
 
     while True:
         if run.val_loader and _due(step, settings.val_every, last) and not stopping():
-            _validate(run, step, log, stopping)
+            _validate(run, step, record, stopping)
         # As with llm.c not before the first update, unlike validation.
         if run.hellaswag and step > 0 and _due(step, settings.val_every, last) and not stopping():
-            _measure_hellaswag(run, step, log, stopping)
+            _measure_hellaswag(run, step, record, stopping)
         if settings.sample_every and _due(step, settings.sample_every, last) and not stopping():
             _show_sample(run, step, stopping)
         ends = step == last or stopping()
@@ -150,16 +147,16 @@ def _loop(run: Run, log: Record, stop: Stop) -> int:
         if step == last and not stopping():
             _check_end(run)
         if step != saved and (due or ends) and settings.checkpoint_every >= 0:
-            log.sync()
-            _save(run, step)
+            record.sync()
+            _save(run, step, claim)
             saved = step
         if ends:
             return step
-        _update(run, step, log)
+        _update(run, step, record)
         step += 1
 
 
-def _validate(run: Run, step: int, log: Record, stopping: Callable[[], bool]) -> None:
+def _validate(run: Run, step: int, record: Record, stopping: Callable[[], bool]) -> None:
     """The mean loss over the held-out batches; nothing if the run is asked to stop meanwhile."""
     begin = time.perf_counter()
     run.val_loader.reset()
@@ -169,12 +166,12 @@ def _validate(run: Run, step: int, log: Record, stopping: Callable[[], bool]) ->
             return
         losses.append(float(run.model.loss(*run.val_loader.next_batch())))
     run.validation_loss = math.fsum(losses) / len(losses)
-    log.validation(step, run.validation_loss)
+    record.validation(step, run.validation_loss)
     run.pace.pause("validation", run.settings.val_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | validation loss {run.validation_loss:.4f}")
 
 
-def _measure_hellaswag(run: Run, step: int, log: Record, stopping: Callable[[], bool]) -> None:
+def _measure_hellaswag(run: Run, step: int, record: Record, stopping: Callable[[], bool]) -> None:
     """The share of HellaSwag that the model gets right; nothing if the run is asked to stop meanwhile."""
     begin = time.perf_counter()
     done, right, total = 0, 0, run.hellaswag.num_examples
@@ -183,7 +180,7 @@ def _measure_hellaswag(run: Run, step: int, log: Record, stopping: Callable[[], 
             return
         done, right = done + answered, right + right_ones
         run.console.activity(f"HellaSwag {done}/{total}")
-    log.evaluation(step, right / total)
+    record.evaluation(step, right / total)
     run.pace.pause("HellaSwag", run.settings.val_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | HellaSwag {right}/{total} = {right / total:.4f}")
 
@@ -222,24 +219,28 @@ def _what_is_left(run: Run) -> str:
     return f"what {run.folder} holds is from before; start again with a lower --learning-rate"
 
 
-def _save(run: Run, step: int) -> None:
-    """A checkpoint, if the parameters are finite; else ValueError, and the older ones stay."""
+def _save(run: Run, step: int, claim: runs.Claim) -> None:
+    """A checkpoint, if the parameters are finite and the folder is still the run's; else ValueError, and the older ones
+    stay."""
     begin = time.perf_counter()
     norm = float(run.model.ops.global_norm(run.model.flat_params))
     if not math.isfinite(norm):
         raise ValueError(
             f"step {step}: training diverged: the norm of the parameters is {norm:g}; {_what_is_left(run)}"
         )
+    claim.check()
     checkpoint = save_checkpoint(run.folder, step, run.model, run.optimizer, run.train_loader, run.extra)
     if not run.guard.in_a_row:
+        # A large model takes its time to write.
+        claim.check()
         remove_old_checkpoints(run.folder, run.settings.keep_checkpoints, run.settings.keep_every)
     run.pace.pause("checkpoint", run.settings.checkpoint_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | checkpoint {checkpoint.model_path}")
 
 
-def _update(run: Run, step: int, log: Record) -> None:
-    """Update number `step`: its batches, their gradients, the norm, AdamW. A loss or norm that is not finite, or stands
-    out, leaves the parameters as they are; ValueError after too many of them in a row."""
+def _update(run: Run, step: int, record: Record) -> None:
+    """Update number `step`: its batches, their gradients, the norm, AdamW. It is skipped, and the parameters stay as
+    they are, for a loss or norm that is not finite or stands out; ValueError after too many of these in a row."""
     settings, console = run.settings, run.console
     begin = time.perf_counter()
     if settings.overfit:
@@ -266,10 +267,10 @@ def _update(run: Run, step: int, log: Record) -> None:
         run.optimizer.step_count += 1
     else:
         run.optimizer.step(rate, grad_scale=clip_scale(norm, settings.grad_clip) if settings.grad_clip else 1.0)
-    seconds = time.perf_counter() - begin
-    log.train(step, loss, rate, norm, run.pace.tokens_per_step, seconds)
-    run.pace.step(seconds)
-    console.step(step + 1, loss, norm, rate, seconds, run.pace, run.peak, verdict.loss_z, verdict.norm_z)
+    update = Update(loss, rate, norm, run.pace.tokens_per_step, time.perf_counter() - begin)
+    record.train(step, update)
+    run.pace.step(update.seconds)
+    console.step(step + 1, update, run.pace, verdict.loss_z, verdict.norm_z)
     if verdict.reason:
         console.line(f"{console.label(step + 1)} | update skipped: {verdict.reason}")
     if run.guard.in_a_row >= settings.max_skipped:
@@ -296,15 +297,17 @@ def train(request: Request) -> int:
         # Before the text is read its vocabulary is not known, but what cannot fit even with the smallest never will.
         text_bytes = 0 if settings.train_data else Path(settings.text or SHAKESPEARE).stat().st_size
         check_needs(request, existing_config(settings) or new_config(settings, 1), text_bytes)
-    with runs.claimed(folder, request.resume) as moved:
-        if moved:
-            print(f"the run that was in {folder} is now in {os.path.relpath(moved)}\n", flush=True)
+    with runs.claimed(folder, request.resume) as claim:
+        if claim.moved:
+            print(f"the run that was in {folder} is now in {os.path.relpath(claim.moved)}\n", flush=True)
         ready = prepare(request)
         print_plan(ready)
-        save_recipe(settings, folder / RECIPE_FILE)
+        claim.begin(settings)
         try:
-            return _train(ready, request)
+            return _train(ready, request, claim)
         except OSError as error:
+            # What is not there any more cannot be written either.
+            claim.check()
             if error.errno and settings.checkpoint_every >= 0:
                 raise _with_what_is_kept(error, folder) from error
             raise
@@ -318,15 +321,15 @@ def _with_what_is_kept(error: OSError, folder: Path) -> OSError:
     return OSError(error.errno, f"{error.strerror}; {kept}; when this is mended:  {to_go_on}", error.filename)
 
 
-def _train(run: Run, request: Request) -> int:
+def _train(run: Run, request: Request, claim: runs.Claim) -> int:
     """The loop with its record, its bar and its signals, and what is said and drawn at its end; the exit code."""
     console, folder = run.console, run.folder
     begin = time.perf_counter()
     resume_step = run.start if request.resume else None
-    with Stop() as stop, contextlib.closing(Record(folder, resume_step, run.settings.tensorboard)) as log:
+    with Stop() as stop, contextlib.closing(Record(folder, resume_step, run.settings.tensorboard)) as record:
         console.start(run.start)
         with contextlib.closing(console):
-            done = _loop(run, log, stop)
+            done = _loop(run, record, stop, claim)
     if console.lost is not None and stop.signal is None:
         raise console.lost
     keeps, skipped = run.settings.checkpoint_every >= 0, run.guard.skipped
@@ -336,14 +339,15 @@ def _train(run: Run, request: Request) -> int:
         console.line(f"\nstopped after step {done}{skips}; {to_go_on}")
         return stop.exit_code
     seconds = format_duration(time.perf_counter() - begin)
-    losses = f": validation loss {run.validation_loss:.4f} nats per {run.unit}" if run.val_loader else ""
+    losses = f": validation loss {run.validation_loss:.4f} nats per token" if run.val_loader else ""
     console.line(f"done in {seconds}{losses}{skips}")
     if request.temporary:
         return 0
+    claim.check()
     try:
-        plot_runs(folder)
+        plot_runs(read_runs([folder]))
     except ImportError as error:
-        console.line(f"no {PICTURE_FILE}: {error}; after pip install matplotlib:  {_command('plot', folder)}")
+        console.line(f"no picture: {error}; after that:  {_command('plot', folder)}")
     console.line(f"{folder}: {', '.join(runs.run_files(folder))}")
     if keeps:
         console.line(f"to continue text with this model:  {_command('generate', '--checkpoint', folder)}")

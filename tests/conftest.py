@@ -4,9 +4,14 @@
 a skipped test with the reason, never as a silent pass.
 `op_set` is all of these and the device backends behind NumPy arrays (on_device.py), for what every backend has to do.
 `device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU.
+`in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.
 """
 
+import contextlib
+import http.server
 import importlib
+import threading
+from pathlib import Path
 
 import pytest
 import shim
@@ -60,3 +65,67 @@ def op_set(request):
     if request.param in DEVICES:
         return OnDevice(device_ops(request.param))
     return importlib.import_module("pyllmc._ops.isa").load(request.param)
+
+
+# ---- training runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def text():
+    """A text from which there is something to learn, long enough for the smallest models."""
+    return "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """The test works in a folder of its own, on a machine whose peak is known: measuring takes longer than a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyllmc.hardware.peak_gflops", lambda seconds=0.2: 100.0)
+
+
+@pytest.fixture
+def in_folder_with_text(in_folder, text):
+    """The same, with notes.txt in the folder."""
+    Path("notes.txt").write_text(text)
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve():
+    """serve(respond) is a server, at its `address` until the test ends, that hands each request to `respond`, which
+    calls `answer` of what it gets."""
+    with contextlib.ExitStack() as ends:
+
+        def start(respond):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    respond(self)
+
+                do_HEAD = do_GET
+
+                def answer(self, status=200, body=b"", length=None, **headers):
+                    """The head, with the body's length or the one that is given, and the body if it is asked for."""
+                    self.send_response(status)
+                    self.send_header("Content-Length", len(body) if length is None else length)
+                    for name, value in headers.items():
+                        self.send_header(name.replace("_", "-"), value)
+                    self.end_headers()
+                    if self.command == "GET":
+                        self.wfile.write(body)
+                        self.wfile.flush()
+                    self.close_connection = True
+
+                def log_message(self, *args):
+                    pass
+
+            server = ends.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            server.address = f"http://127.0.0.1:{server.server_port}"
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            ends.callback(thread.join)
+            ends.callback(server.shutdown)
+            return server
+
+        yield start

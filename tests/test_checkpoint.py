@@ -50,6 +50,7 @@ class Run:
 
     def save(self, folder, **extra):
         step = self.optimizer.step_count
+        folder.mkdir(parents=True, exist_ok=True)
         return checkpoint.save_checkpoint(folder, step, self.model, self.optimizer, self.loader, extra)
 
 
@@ -82,6 +83,12 @@ def test_files_of_a_checkpoint(tmp_path, token_file):
     assert manifest["version"] == 1 and manifest["step"] == 2 and set(manifest["files"]) == set(names[1:])
     assert manifest["files"][names[1]]["bytes"] == 1024 + 4 * RUN_CONFIG.num_parameters_padded
     assert struct.unpack("<11i", saved.state_path.read_bytes()[:44]) == (20240527, 1, 1, 0, 0, 1, 0, 0, 0, 0, 2)
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path, token_file):
+    with Run(token_file) as run, pytest.raises(OSError, match="cannot write this file: No such file"):
+        checkpoint.save_checkpoint(tmp_path / "gone", 1, run.model, run.optimizer)
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_checkpoint_is_not_written_over(tmp_path, token_file):

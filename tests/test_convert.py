@@ -65,6 +65,7 @@ def test_dtype_and_size_of_the_files():
 def test_the_folder_of_a_run_is_its_newest_model(capsys):
     tokenizer = CharTokenizer.from_text("abc")
     model = GPT2(GPT2Config(1, 1, 8, tokenizer.vocab_size, 8))
+    Path("run").mkdir()
     save_checkpoint("run", 3, model, AdamW(model))
     tokenizer.save("run/tokenizer.bin")
     assert run(convert, "run", "hf") == 0

@@ -165,7 +165,7 @@ def test_bad_parquet(tmp_path, capsys):
 def test_without_pyarrow_it_is_told_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"t.parquet: Parquet files need pyarrow; pip install 'pyllmc\[parquet\]'"):
+    with pytest.raises(ImportError, match=r"t.parquet: needs pyarrow; pip install 'pyllmc\[parquet\]'"):
         texts_in(tmp_path / "t.parquet")
 
 

@@ -1,10 +1,10 @@
 """pyllmc/datasets/download.py against a server in this process that answers as badly as servers do."""
 
 import hashlib
-import http.server
 import os
 import re
 import resource
+import socket
 import threading
 import time
 
@@ -16,37 +16,6 @@ from pyllmc.datasets.download import fetch
 
 DATA = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(DATA).hexdigest()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers each question with the next function of `answers`, the last one for ever; `questions` are the Range
-    headers of what was asked."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.questions = [whole], []
-        self.address = f"http://127.0.0.1:{self.server_port}/data.bin"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.questions.append(self.headers["Range"])
-        assert self.headers["Accept-Encoding"] == "identity"
-        answers = self.server.answers
-        (answers.pop(0) if len(answers) > 1 else answers[0])(self)
-
-    def answer(self, status, body=b"", length=None, **headers):
-        self.send_response(status)
-        self.send_header("Content-Length", len(body) if length is None else length)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
 
 
 def whole(handler):
@@ -72,17 +41,22 @@ def status(code, **headers):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(serve, monkeypatch):
+    """Answers each question with the next function of `answers`, the last one for ever; `questions` are the Range
+    headers of what was asked."""
     monkeypatch.setattr(download, "BACKOFF_SECONDS", 0)
     monkeypatch.setattr(download, "MAX_WAIT_SECONDS", 0)
     monkeypatch.setattr(download, "BLOCK_BYTES", 1000)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+
+    def respond(handler):
+        server.questions.append(handler.headers["Range"])
+        assert handler.headers["Accept-Encoding"] == "identity"
+        (server.answers.pop(0) if len(server.answers) > 1 else server.answers[0])(handler)
+
+    server = serve(respond)
+    server.answers, server.questions = [whole], []
+    server.address += "/data.bin"
+    return server
 
 
 def get(server, folder):
@@ -258,14 +232,15 @@ def test_ctrl_c_keeps_the_part(server, tmp_path, monkeypatch):
 
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path, monkeypatch, capsys):
-    unused = Server()
-    unused.server_close()
-    monkeypatch.setattr(tinyshakespeare, "ADDRESS", unused.address)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(tinyshakespeare, "ADDRESS", f"http://{server}/data.bin")
     monkeypatch.setattr(download, "BACKOFF_SECONDS", 0)
     monkeypatch.chdir(tmp_path)
     assert cli.run_main(__main__.main, ["tinyshakespeare"]) == cli.EXIT_ERROR
     assert capsys.readouterr().err == (
-        f"error: cannot download {unused.address}: no connection to 127.0.0.1:{unused.server_port}; get "
+        f"error: cannot download http://{server}/data.bin: no connection to {server}; get "
         "tiny_shakespeare.txt in another way and name it with --input FILE\n"
     )
     assert os.listdir(tmp_path) == []

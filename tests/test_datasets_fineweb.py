@@ -64,7 +64,7 @@ def tokens_of(path):
 
 
 def contents(folder):
-    """The files but the record, which tells when the source was changed."""
+    """The files but the manifest, which names the source."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
 
@@ -179,7 +179,7 @@ def test_finished_shards_are_not_written_again(tmp_path, capsys, source):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*neweb*")}
 
 
-def test_a_shard_that_the_record_does_not_name_yet_is_made_again(tmp_path, monkeypatch, source):
+def test_a_shard_that_the_manifest_does_not_name_yet_is_made_again(tmp_path, monkeypatch, source):
     words = ("--input", source, "--output", tmp_path / "out", "--shard-size", 300, "--workers", 1)
     assert run("--input", source, "--output", tmp_path / "whole", *words[4:]) == 0
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -220,6 +220,53 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_after(tmp_path, monkeypatch,
     assert not (tmp_path / "other").exists()
 
 
+def killed_at_rename(count, *words):
+    """The program in a process that ends, as if killed, before so many files have got their names."""
+    if pid := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        return
+    replace, done = os.replace, []
+
+    def killed(*paths):
+        if len(done) == count:
+            os._exit(9)
+        done.append(replace(*paths))
+
+    os.replace = killed
+    run(*words, "--workers", 1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_remove(tmp_path, source, count):
+    """Its temporary files, of hundreds of megabytes, and its lock; but no other file of that kind."""
+    out = tmp_path / "out"
+    words = ("--input", source, "--output", out, "--shard-size", 300)
+    assert run("--input", source, "--output", tmp_path / "whole", "--shard-size", 300) == 0
+    out.mkdir()
+    others = {".edu_fineweb.json.0123abcd.tmp", ".thesis.tex.0123abcd.tmp", ".fineweb.json.tmp"}
+    for name in others:
+        (out / name).touch()
+    for _ in range(2):
+        killed_at_rename(count, *words)
+    assert {name for name in os.listdir(out) if name.endswith(".tmp")} > others
+    assert run(*words) == 0
+    assert set(os.listdir(out)) == others.union(os.listdir(tmp_path / "whole"))
+    assert contents(tmp_path / "whole").items() <= contents(out).items()
+
+
+def test_two_processes_do_not_make_the_same_shards(tmp_path, capsys, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ("--input", source, "--output", out, "--shard-size", 300)
+    with shards.ShardFolder(out, "fineweb").claimed():
+        told = error_of(capsys, *words)
+        assert re.search(rf"out: pid {os.getpid()} on host \S+ has been making shards there since .*--output$", told)
+        assert run(*words, "--type", "edu") == 0
+    assert run(*words) == 0
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
 # ---- what is there already -------------------------------------------------------------------------------------------
 
 
@@ -233,10 +280,18 @@ def test_shards_of_something_else_are_not_mixed_with(tmp_path, capsys, source):
         f"error: {out / 'fineweb.json'}: the shards here are made of something else (shard size: 300 before, 301 now); "
         "delete fineweb.json and the shards, or choose another --output"
     )
-    os.utime(source / "1.jsonl", ns=(1, 1))
-    assert "made of something else (files); delete" in error_of(capsys, *words, "--shard-size", 300)
+    changed = source / "1.jsonl"
+    good = changed.read_bytes()
+    changed.write_bytes(good.replace(b"a", b"o"))
+    told = error_of(capsys, *words, "--shard-size", 300)
+    assert "made of something else (files: 1.jsonl is another file now); delete" in told
+    changed.rename(tmp_path / "1.jsonl")
+    assert "(files: 1.jsonl is missing)" in error_of(capsys, *words, "--shard-size", 300)
+    changed.write_bytes(good)  # as a copy would be: at another time
     (source / "3.jsonl").write_text('{"text": "one more"}')
-    assert "made of something else (files); delete" in error_of(capsys, *words, "--shard-size", 300)
+    assert "(files: 3.jsonl was added)" in error_of(capsys, *words, "--shard-size", 300)
+    (source / "3.jsonl").unlink()
+    assert run(*words, "--shard-size", 300) == 0
     assert "made of something else" in error_of(capsys, "--shards", 1, "--output", out)
     told = error_of(capsys, "--shard-size", 300, "--output", out)
     assert "made of something else (repository: None before, HuggingFaceFW/fineweb now)" in told
@@ -245,12 +300,12 @@ def test_shards_of_something_else_are_not_mixed_with(tmp_path, capsys, source):
     assert run(*words, "--type", "edu", "--shard-size", 300) == 0
 
 
-def test_a_folder_that_is_not_as_the_record_says(tmp_path, capsys, source):
+def test_a_folder_that_is_not_as_the_manifest_says(tmp_path, capsys, source):
     out = tmp_path / "out"
     words = ("--input", source, "--output", out, "--shard-size", 300)
     assert run(*words) == 0
-    record, shard = out / "fineweb.json", out / "fineweb_train_000002.bin"
-    good, tokens = json.loads(record.read_text()), shard.read_bytes()
+    manifest, shard = out / "fineweb.json", out / "fineweb_train_000002.bin"
+    good, tokens = json.loads(manifest.read_text()), shard.read_bytes()
     stopped = {"complete": False, "shards": good["shards"] - 1}
     shard.unlink()
     assert f"{shard}: is not there, but in fineweb.json; delete" in error_of(capsys, *words)
@@ -259,7 +314,7 @@ def test_a_folder_that_is_not_as_the_record_says(tmp_path, capsys, source):
     shard.write_bytes(tokens)
     for name in ("fineweb_train_000099.bin", "fineweb_train_000000.bin", "fineweb_train_0000001.bin"):
         (out / name).write_bytes(tokens)
-        assert f"{name}: is there, and not in the record fineweb.json; delete" in error_of(capsys, *words)
+        assert f"{name}: is there, but not in fineweb.json; delete" in error_of(capsys, *words)
         (out / name).unlink()
     changes = (
         {"version": 2}, {"shards": -1}, {"shards": 10**18}, {"shards": True}, {"shards": 1.0}, {"complete": 1},
@@ -270,21 +325,23 @@ def test_a_folder_that_is_not_as_the_record_says(tmp_path, capsys, source):
         {**stopped, "place": {"file": 2, "documents": 25, "tokens": 99999}},
     )  # fmt: skip
     for change in changes:
-        record.write_text(json.dumps(good | change))
+        manifest.write_text(json.dumps(good | change))
         told = error_of(capsys, *words)
-        assert str(record) in told or re.search("is not there, but|expected 300; delete|ends before the place", told)
+        assert str(manifest) in told or re.search("is not there, but|expected 300; delete|ends before the place", told)
     for data in (b"", b"[]", b"\xff", b"[" * 9999):
-        record.write_bytes(data)
-        assert str(record) in error_of(capsys, *words)
-    record.unlink()
-    assert "is there, and not in the record fineweb.json" in error_of(capsys, *words)
+        manifest.write_bytes(data)
+        assert str(manifest) in error_of(capsys, *words)
+    manifest.unlink()
+    assert "is there, but not in fineweb.json" in error_of(capsys, *words)
 
 
 def test_other_files_are_not_replaced(tmp_path, capsys, source):
     words = ("--input", source, "--output", tmp_path, "--shard-size", 300)
-    for name in ("fineweb_val_000000.bin", "tokenizer.bin"):
+    for name, why in (
+        ("fineweb_val_000000.bin", "is there, but not in fineweb.json"), ("tokenizer.bin", "this file is not replaced"),
+    ):  # fmt: skip
         (tmp_path / name).write_bytes(b"precious")
-        assert f"{name}: " in (told := error_of(capsys, *words)) and "this file is not replaced" in told
+        assert f"{name}: " in (told := error_of(capsys, *words)) and why in told
         assert (tmp_path / name).read_bytes() == b"precious" and len(os.listdir(tmp_path)) == 2
         (tmp_path / name).unlink()
 
@@ -440,11 +497,11 @@ def test_a_stopped_download_goes_on_with_the_same_revision(tmp_path, monkeypatch
     assert run(*words) == 0
     assert fake.asked == whole[1:] or fake.asked == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    record = tmp_path / "out" / "fineweb.json"
-    good = json.loads(record.read_text())
+    manifest = tmp_path / "out" / "fineweb.json"
+    good = json.loads(manifest.read_text())
     good |= {"complete": False, "shards": good["shards"] - 1}
     for files in (None, [], [["a"]], [["a", "1"]], [[1, 1]], [["a", 1, 2]], "ab", 5):
-        record.write_text(json.dumps(good | {"source": good["source"] | {"files": files}}))
+        manifest.write_text(json.dumps(good | {"source": good["source"] | {"files": files}}))
         assert "does not say of which files the shards are made" in error_of(capsys, *words)
 
 
@@ -476,7 +533,7 @@ def test_ready_shards(tmp_path, monkeypatch, capsys, fake):
         "chrisdryden/FineWebTokenizedGPT2: has no fineweb_train_000005.bin; ask for fewer with --shards"
     )
     # Shards that are made, and shards that are ready, do not mix.
-    assert "not in the record fineweb.json" in error_of(capsys, "--output", out)
+    assert "but not in fineweb.json" in error_of(capsys, "--output", out)
     (out / names[2]).write_bytes(b"precious")
     assert "this file is not replaced" in error_of(capsys, "--shards", 3, "--output", out)
     repository[names[4]] = b"<html>"
@@ -484,16 +541,39 @@ def test_ready_shards(tmp_path, monkeypatch, capsys, fake):
     assert f"{names[4]}: " in error_of(capsys, "--shards", 4, "--output", out)
 
 
+def test_ready_shards_and_others_do_not_mix(tmp_path, capsys, fake, source):
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{number:06d}.bin" for number in range(1, 3))]
+    fake.repositories["chrisdryden/FineWebTokenizedGPT2"] = {name: shard(50256, 7) for name in names}
+    words = ("--input", source, "--shard-size", 2, "--output")
+    # Even where a run was killed with no more than its first shard there, of the right size.
+    killed_at_rename(2, *words, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    assert names[0] in before
+    assert "made of something else; delete" in error_of(capsys, "--shards", 2, "--output", tmp_path / "made")
+    assert contents(tmp_path / "made") == before
+    out = tmp_path / "ready"
+    assert run("--shards", 1, "--output", out) == 0
+    (out / names[1]).unlink()
+    before = contents(out)
+    assert f"{names[0]}: is there, but not in fineweb.json" in error_of(capsys, *words, out)
+    assert contents(out) == before
+    for name in (names[0], "fineweb_train_000009.bin"):
+        (out / name).write_bytes(shard(1, 2, 3))
+        told = error_of(capsys, "--shards", 1, "--output", out)
+        assert f"{name}: is not the file of that name in chrisdryden/FineWebTokenizedGPT2; delete" in told
+        (out / name).write_bytes(shard(50256, 7))
+
+
 def test_without_huggingface_hub_it_is_told_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for words in ((), ("--shards", 1)):
         told = error_of(capsys, *words, "--output", tmp_path / "out")
-        assert "is fetched from the Hugging Face hub with huggingface_hub; pip install 'pyllmc[hub]', or " in told
+        assert ": needs huggingface_hub; pip install 'pyllmc[hub]', or " in told
     assert not os.listdir(tmp_path)
 
 
 def test_without_pyarrow_nothing_is_fetched(tmp_path, monkeypatch, capsys, fake):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     told = error_of(capsys, "--output", tmp_path / "out")
-    assert told == "error: HuggingFaceFW/fineweb: Parquet files need pyarrow; pip install 'pyllmc[parquet]'"
+    assert told == "error: HuggingFaceFW/fineweb: needs pyarrow; pip install 'pyllmc[parquet]'"
     assert fake.asked == [] and not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 
-from pyllmc import cli, evaluate, get_num_threads, hardware, set_num_threads, train
+from pyllmc import cli, evaluate, get_num_threads, set_num_threads, train
 from pyllmc.config import GPT2Config
 from pyllmc.evalfile import Example, write_examples
 from pyllmc.hellaswag import HellaSwag, completion_scores
@@ -18,7 +18,6 @@ from pyllmc.rng import TorchGenerator
 from pyllmc.tokenfile import write_tokens
 
 CONFIG = GPT2Config(num_layers=2, num_heads=3, channels=24, vocab_size=61, max_seq_len=48)
-TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
 
 
 def make_model(config=CONFIG, **options):
@@ -41,10 +40,8 @@ def make_examples(count, seed=1, longest=48, vocab_size=61):
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder(tmp_path, monkeypatch):
+def in_a_folder(in_folder):
     """Every test works in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
     threads = get_num_threads()
     yield
     set_num_threads(threads)
@@ -285,9 +282,8 @@ SMALL = [
 
 
 @pytest.fixture
-def text():
-    """A text, and an evaluation file of its characters."""
-    Path("notes.txt").write_text(TEXT)
+def questions(in_folder_with_text):
+    """An evaluation file of the text's characters."""
     write_examples("e.bin", make_examples(9, longest=16, vocab_size=20))
 
 
@@ -295,7 +291,7 @@ def run(*words):
     return cli.run_main(train.main, [*SMALL, *words])
 
 
-def test_accuracy_is_logged_with_each_validation_but_the_first(text, capsys):
+def test_accuracy_is_logged_with_each_validation_but_the_first(questions, capsys):
     assert run("--hellaswag", "e.bin", "--out", "run") == 0
     out, err = capsys.readouterr()
     assert re.search(r"^HellaSwag +e.bin: 9 examples$", out, re.MULTILINE) and not err
@@ -309,7 +305,7 @@ def test_accuracy_is_logged_with_each_validation_but_the_first(text, capsys):
     assert Path("run/loss.png").exists()
 
 
-def test_measuring_changes_nothing_in_the_result(text):
+def test_measuring_changes_nothing_in_the_result(questions):
     assert run("--hellaswag", "e.bin", "--out", "with") == run("--out", "without") == 0
     for name in ("model_00000008.bin", "state_00000008_00000.bin"):
         assert Path("with", name).read_bytes() == Path("without", name).read_bytes()
@@ -317,7 +313,7 @@ def test_measuring_changes_nothing_in_the_result(text):
     assert lines == Path("without/main.log").read_text().splitlines()
 
 
-def test_the_program_measures_what_the_run_has_logged(text, capsys):
+def test_the_program_measures_what_the_run_has_logged(questions, capsys):
     assert run("--hellaswag", "e.bin", "--out", "run", "--val-batches", "0") == 0
     capsys.readouterr()
     code, out, _ = program(capsys, "run", "--val", "run/val.bin", "--hellaswag", "e.bin")
@@ -328,7 +324,7 @@ def test_the_program_measures_what_the_run_has_logged(text, capsys):
 
 
 @pytest.mark.parametrize("step", [2, 3, 6])
-def test_a_resumed_run_has_the_same_log(text, step, monkeypatch):
+def test_a_resumed_run_has_the_same_log(questions, step, monkeypatch):
     assert run("--hellaswag", "e.bin", "--out", "whole") == 0
     with monkeypatch.context() as patch:
         update = train._update
@@ -345,7 +341,7 @@ def test_a_resumed_run_has_the_same_log(text, step, monkeypatch):
         assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_a_run_that_is_stopped_while_it_measures_logs_nothing_of_it(text, monkeypatch):
+def test_a_run_that_is_stopped_while_it_measures_logs_nothing_of_it(questions, monkeypatch):
     with monkeypatch.context() as patch:
         losses = GPT2.losses
         patch.setattr(GPT2, "losses", lambda *batch: os.kill(os.getpid(), 15) or losses(*batch))
@@ -355,7 +351,7 @@ def test_a_run_that_is_stopped_while_it_measures_logs_nothing_of_it(text, monkey
     assert re.findall(r"s:(\d) eval", Path("parts/main.log").read_text()) == ["3", "6", "8"]
 
 
-def test_a_resumed_run_may_begin_or_cease_to_measure(text):
+def test_a_resumed_run_may_begin_or_cease_to_measure(questions):
     assert run("--out", "run") == 0
     Path("run/DONE_00000008").unlink()
     assert run("--out", "run", "--resume", "--hellaswag", "e.bin") == 0
@@ -372,7 +368,7 @@ def test_a_resumed_run_may_begin_or_cease_to_measure(text):
         (["--hellaswag", "high.bin"], "high.bin: example 0 has the token"),
     ],
 )
-def test_what_does_not_fit_the_run_is_told_before_it_begins(text, capsys, words, told):
+def test_what_does_not_fit_the_run_is_told_before_it_begins(questions, capsys, words, told):
     write_examples("high.bin", make_examples(3, longest=16))
     assert run("--out", "run", *words) == 1
     err = capsys.readouterr().err

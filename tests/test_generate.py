@@ -319,6 +319,7 @@ def test_stream_tells_at_once_what_does_not_fit():
 
 def save_run(folder, step=7):
     model = tiny_model()
+    Path(folder).mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder, step, model, AdamW(model))
     TOKENIZER.save(folder / "tokenizer.bin")
     return folder / f"model_{step:08d}.bin"

@@ -2,13 +2,11 @@
 
 import errno
 import hashlib
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import types
 import urllib.parse
 from pathlib import Path
@@ -51,64 +49,47 @@ def test_errors_are_told_by_what_they_mean(monkeypatch):
 # ---- huggingface_hub itself ------------------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a dataset's repository needs: its revision, its files and their content in parts. The first
-    content breaks off in the middle."""
+def respond(handler):
+    """As much of the hub as a dataset's repository needs: its revision, its files and their content in parts."""
+    path, repositories = urllib.parse.unquote(handler.path), handler.server.repositories
+    repository = r"/(?:api/)?datasets/(\w+/[\w-]+)"
+    if found := re.fullmatch(repository + r"/tree/abc(?:/([\w/]+))?(?:\?.*)?", path):
+        files = repositories[found[1]]
+        names = [name for name in files if name.rpartition("/")[0] == (found[2] or "")]
+        entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in names]
+        answer_json(handler, [{"type": "directory", "path": "more", "oid": "0"}, *entries])
+    elif found := re.fullmatch(repository + r"/resolve/abc/([\w./]+)", path):
+        answer_file(handler, repositories[found[1]][found[2]])
+    elif (found := re.fullmatch(repository + r"(?:\?.*)?", path)) and found[1] in repositories:
+        answer_json(handler, {"id": found[1], "sha": "abc", "siblings": []})
+    else:
+        answer_json(handler, {}, 404, X_Error_Code="RepoNotFound")
 
-    def do_GET(self):
-        path = urllib.parse.unquote(self.path)
-        repository = r"/(?:api/)?datasets/(\w+/[\w-]+)"
-        if found := re.fullmatch(repository + r"/tree/abc(?:/([\w/]+))?(?:\?.*)?", path):
-            files = self.server.repositories[found[1]]
-            names = [name for name in files if name.rpartition("/")[0] == (found[2] or "")]
-            entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in names]
-            self.answer(json.dumps([{"type": "directory", "path": "more", "oid": "0"}, *entries]).encode())
-        elif found := re.fullmatch(repository + r"/resolve/abc/([\w./]+)", path):
-            self.answer_file(self.server.repositories[found[1]][found[2]])
-        elif (found := re.fullmatch(repository + r"(?:\?.*)?", path)) and found[1] in self.server.repositories:
-            self.answer(json.dumps({"id": found[1], "sha": "abc", "siblings": []}).encode())
-        else:
-            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
 
-    do_HEAD = do_GET
+def answer_json(handler, content, status=200, **headers):
+    handler.answer(status, json.dumps(content).encode(), Content_Type="application/json", **headers)
 
-    def answer_file(self, data):
-        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "abc", "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range") or "")
-        start, cut = int(wanted[1]) if wanted else 0, None
-        if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if self.command == "GET":
-            self.server.parts.append(start)
-            cut = len(data) // 2 if len(self.server.parts) == 1 else None
-        self.answer(data[start:], 206 if wanted else 200, cut, **headers)
 
-    def answer(self, body, status=200, cut=None, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:cut])
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
+def answer_file(handler, data):
+    """The part that is asked for; the first one breaks off in the middle."""
+    headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": "abc", "Accept-Ranges": "bytes"}
+    wanted = re.fullmatch(r"bytes=(\d+)-\d*", handler.headers.get("Range") or "")
+    start, cut = int(wanted[1]) if wanted else 0, None
+    if wanted:
+        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+    if handler.command == "GET":
+        handler.server.parts.append(start)
+        cut = len(data) // 2 if len(handler.server.parts) == 1 else None
+    part = data[start:]
+    handler.answer(206 if wanted else 200, part[:cut], len(part), **headers)
 
 
 @pytest.fixture
-def server():
+def server(serve):
     pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (pip install 'pyllmc[hub]')")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = serve(respond)
     server.repositories, server.parts = {}, []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return server
 
 
 def run_with_hub(tmp_path, port, *words):

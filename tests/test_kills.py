@@ -12,7 +12,7 @@ from pathlib import Path
 import kill_run
 import pytest
 
-from pyllmc import cli, hardware, train
+from pyllmc import cli, train
 from pyllmc.logs import MainLog
 
 PROGRAM = Path(kill_run.__file__)
@@ -52,12 +52,9 @@ def test_every_point_and_random_times():
 
 
 @pytest.fixture
-def options(tmp_path, monkeypatch):
-    """The tiny run's, in a folder with its text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
-    Path("text.txt").write_text(kill_run.TEXT)
-    return [*kill_run.COMMON, "--text", "text.txt", *kill_run.TINY]
+def options(in_folder_with_text):
+    """The tiny run's, in a folder with a text."""
+    return [*kill_run.COMMON, "--text", "notes.txt", *kill_run.TINY]
 
 
 def run(*arguments: str) -> int:
@@ -85,10 +82,10 @@ def test_a_limit_on_the_size_of_files(options):
 def test_a_full_disk_says_what_is_kept(options, capsys, monkeypatch):
     update = train._update
 
-    def full_at_5(run, step, log):
+    def full_at_5(run, step, record):
         if step == 5:
             raise OSError(errno.ENOSPC, "cannot write this file: No space left on device", "run/main.log")
-        update(run, step, log)
+        update(run, step, record)
 
     monkeypatch.setattr(train, "_update", full_at_5)
     assert run("--out", "run", *options) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, llmc, modelfile, train
+from pyllmc import checkpoint, cli, llmc, modelfile, train
 from pyllmc.config import GPT2Config
 from pyllmc.datasets import prepare_text
 from pyllmc.evalfile import Example, write_examples
@@ -15,7 +15,6 @@ from pyllmc.model import GPT2
 from pyllmc.settings import FIELDS, Settings, load_recipe
 from pyllmc.tokenizer import Tokenizer
 
-TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
 SCRIPT = [
     "-i", "data/train.bin", "-j", "data/val.bin", "-e", "data/model.bin", "-b", "2", "-t", "8", "-x", "4", "-v", "2",
     "-s", "0",
@@ -23,11 +22,9 @@ SCRIPT = [
 
 
 @pytest.fixture(autouse=True)
-def in_folder_with_files(tmp_path, monkeypatch):
+def in_folder_with_files(in_folder, text):
     """Every test works in a folder of its own with token files and a model for them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
-    prepare_text(TEXT, "data")
+    prepare_text(text, "data")
     GPT2(GPT2Config(1, 2, 16, Tokenizer.load("data/tokenizer.bin").vocab_size, 16)).save("data/model.bin")
 
 

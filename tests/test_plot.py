@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from pyllmc import cli, curves, plot
 from pyllmc.config import GPT2Config
-from pyllmc.logs import MainLog, Times
+from pyllmc.logs import MainLog, Times, Update
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -22,7 +23,7 @@ def make_run(folder: Path, steps: int = 100, last: float = 1.5, hellaswag: bool 
     if seconds:
         times = Times(folder / "times.csv")
         for step in range(steps):
-            times.train(step, 50, seconds)
+            times.train(step, Update(3.0, 1e-3, 0.5, 50, seconds))
         times.close()
     for step in range(steps + 1):
         loss = last + 2.5 * math.exp(-8 * step / steps)
@@ -31,7 +32,7 @@ def make_run(folder: Path, steps: int = 100, last: float = 1.5, hellaswag: bool 
             if hellaswag and step:
                 log.evaluation(step, 0.25 + step / 1000)
         if step < steps:
-            log.train(step, loss, 1e-3, 0.5)
+            log.train(step, Update(loss, 1e-3, 0.5, 50, seconds))
     log.close()
     return folder
 
@@ -51,7 +52,7 @@ def draw(folders, *show: str, over: str = "steps") -> dict:
     """The panels of the picture, by name, as matplotlib's axes."""
     runs = curves.read_runs(folders, over)
     panels = plot.choose_panels(runs, show)
-    return dict(zip(panels, plot._draw(runs, panels, over).axes, strict=True))
+    return dict(zip(panels, plot._draw(runs, panels).axes, strict=True))
 
 
 def labels_of(axes) -> list[str]:
@@ -98,7 +99,7 @@ def test_a_panel_for_everything_that_a_run_has(tmp_path):
     panels = draw([make_run(tmp_path / "a", hellaswag=True, seconds=0.25)])
     assert {name: axes.get_ylabel() for name, axes in panels.items()} == {
         "loss": "loss (nats per token)", "hellaswag": "HellaSwag accuracy", "lr": "learning rate",
-        "norm": "gradient norm", "speed": "tokens/s",
+        "norm": "gradient norm", "speed": "tok/s",
     }  # fmt: skip
     assert [axes.get_xlabel() for axes in panels.values()] == [""] * 4 + ["step"]
     (rate,) = panels["lr"].lines
@@ -108,7 +109,7 @@ def test_a_panel_for_everything_that_a_run_has(tmp_path):
             assert list(line.get_ydata()) == pytest.approx([value] * 100)
     assert panels["speed"].get_ylim()[0] == 0
     assert [labels_of(axes) for axes in panels.values()][2:] == [[], [], []]
-    assert plot.plot_runs(tmp_path / "a").read_bytes().startswith(PNG)
+    assert plot.plot_runs(curves.read_runs([tmp_path / "a"])).read_bytes().startswith(PNG)
 
 
 def test_only_the_panels_asked_for_in_their_order(tmp_path):
@@ -127,7 +128,7 @@ def test_norms_of_every_size_are_seen(tmp_path):
 
 def test_accuracy_and_what_others_reach(tmp_path, monkeypatch):
     others = {"loss": {"GPT-2 124M": 3.424958}, "hellaswag": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
-    monkeypatch.setattr(plot, "reached", lambda runs: others)
+    monkeypatch.setattr(plot, "baselines", lambda runs: others)
     panels = draw([make_run(tmp_path / "a", hellaswag=True)])
     curve, *dashes = panels["hellaswag"].lines
     assert list(curve.get_xdata()) == [20, 40, 60, 80, 100] and curve.get_ydata()[-1] == 0.35
@@ -140,7 +141,7 @@ def test_accuracy_and_what_others_reach(tmp_path, monkeypatch):
 
 
 def test_a_line_to_compare_with_is_always_in_the_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "reached", lambda runs: {"loss": {"GPT-2 124M": 0.9}})
+    monkeypatch.setattr(plot, "baselines", lambda runs: {"loss": {"GPT-2 124M": 0.9}})
     low, high = draw([make_run(tmp_path / "a")])["loss"].get_ylim()
     assert low < 0.9 < high
 
@@ -224,10 +225,10 @@ def test_what_others_reach_is_that_of_the_runs_size(tmp_path):
         save_header(make_run(tmp_path / name), config)
     make_run(tmp_path)
     nothing = {"loss": {}, "hellaswag": {}}
-    assert curves.reached(curves.read_runs([tmp_path / "small", tmp_path])) == nothing
+    assert curves.baselines(curves.read_runs([tmp_path / "small", tmp_path])) == nothing
     gpt2 = nothing | {"hellaswag": {"GPT-2 124M": 0.294463, "GPT-3 125M": 0.337}}
-    assert curves.reached(curves.read_runs([tmp_path / "deep", tmp_path / "small"])) == gpt2
-    assert curves.reached(curves.read_runs([tmp_path / "deep/main.log"])) == gpt2
+    assert curves.baselines(curves.read_runs([tmp_path / "deep", tmp_path / "small"])) == gpt2
+    assert curves.baselines(curves.read_runs([tmp_path / "deep/main.log"])) == gpt2
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,8 @@ def test_what_others_reach_is_that_of_the_runs_size(tmp_path):
     [
         ("dev/data/fineweb10B/fineweb_val_*.bin", True),
         ("fineweb_val_000000.bin", True),
+        ("data/fineweb/fineweb_val_*.bin", True),
+        ("data/fineweb/edu_fineweb_val_*.bin", False),
         ("data/edu_fineweb10B/edu_fineweb_val_*.bin", False),
         ("fineweb/runs/data/val.bin", False),
         ("data/tiny_shakespeare_val.bin", False),
@@ -243,7 +246,7 @@ def test_what_others_reach_is_that_of_the_runs_size(tmp_path):
 def test_losses_compare_only_on_the_same_text(files, compares, tmp_path):
     save_header(make_run(tmp_path), GPT2Config(24, 16, 1024, 5, 8))
     (tmp_path / "recipe.toml").write_text(f'train_data = "train.bin"\nval_data = "/{files}"\n')
-    found = curves.reached(curves.read_runs([tmp_path]))
+    found = curves.baselines(curves.read_runs([tmp_path]))
     assert found["loss"] == ({"GPT-2 350M": 3.083089} if compares else {}) and len(found["hellaswag"]) == 2
 
 
@@ -278,7 +281,7 @@ def test_table_without_matplotlib(tmp_path, capsys, no_matplotlib):
     assert [line.split()[0] for line in lines[2:]] == ["0", "20", "40", "60", "80", "100"]
     # The last validation comes after the last training step, whose figures stand beside it.
     assert lines[-1].split() == ["100", "1.5009", "1.6008", "1.00e-03", "0.5000"]
-    assert "pip install matplotlib" in err
+    assert err == f"\nno picture: {tmp_path / 'run/loss.png'}: needs matplotlib; pip install 'pyllmc[plot]'\n"
     assert not (tmp_path / "run/loss.png").exists()
 
 
@@ -328,4 +331,34 @@ def test_any_folder_name_may_stand_in_the_picture(name, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
     (folder / "main.log").write_text("s:0 trl:3.0 lr:0.1 norm:1\ns:1 trl:2.0 lr:0.1 norm:1\n")
-    assert plot.plot_runs(folder).exists()
+    assert plot.plot_runs(curves.read_runs([folder])).exists()
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e31", "-1e300", "1.79e308", "1e-320"])
+@pytest.mark.parametrize("where", ["everywhere", "last"])
+def test_infinite_and_absurd_values_are_gaps(value, where, tmp_path, capfd, recwarn):
+    folder = make_run(tmp_path / "run", 20)
+    lines = (folder / "main.log").read_text().splitlines(keepends=True)
+    changed = lines if where == "everywhere" else lines[-3:]
+    changed = [re.sub(r"(trl|tel|lr|norm):\S+", rf"\1:{value}", line) for line in changed]
+    (folder / "main.log").write_text("".join([*lines[: -len(changed)], *changed]))
+    assert run(folder) == 0
+    assert [str(warning.message) for warning in recwarn] == [] and capfd.readouterr().err == ""
+    axes = draw([folder])["loss"]
+    drawn = [value for line in axes.lines for value in line.get_ydata() if not math.isnan(value)]
+    assert all(abs(value) <= 1e30 for value in drawn) and bool(drawn) == (where == "last" or value == "1e-320")
+
+
+def test_runs_whose_names_begin_with_an_underscore_are_named(tmp_path):
+    axes = draw([make_run(tmp_path / "_a"), make_run(tmp_path / "b")])["loss"]
+    assert [label.split(",")[0] for label in labels_of(axes)] == [" _a", " _a", "b", "b"]
+
+
+def test_a_log_that_is_a_pipe_is_told(tmp_path, capsys):
+    """Opening it would wait for ever for one who writes to it."""
+    folder = make_run(tmp_path / "run", seconds=0.1)
+    for name in ("times.csv", "main.log"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert run(folder) == 1
+        assert f"{folder / name}: not a regular file" in capsys.readouterr().err

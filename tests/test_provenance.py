@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, llmc, provenance, train
+from pyllmc import checkpoint, cli, files, llmc, provenance, train
 from pyllmc.backends import backend
 from pyllmc.tokenfile import read_shard, write_tokens
 
@@ -22,9 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 60, 4000, dtype=np.uint16)
 
 
 @pytest.fixture(autouse=True)
-def in_folder_with_shards(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
+def in_folder_with_shards(in_folder):
     os.mkdir("data")
     for number in range(3):
         write_tokens(f"data/part_{number}.bin", TOKENS[1000 * number : 1000 * number + 1000])
@@ -35,10 +33,10 @@ def run(*arguments: str) -> int:
     return cli.run_main(train.main, [*TRAIN, *arguments])
 
 
-def resume() -> int:
+def resume(*arguments: str) -> int:
     """From step 2, where the run was before its last checkpoint."""
     checkpoint.Checkpoint(Path("run"), 4).remove()
-    return cli.run_main(train.main, ["--out", "run", "--resume"])
+    return cli.run_main(train.main, ["--out", "run", "--resume", *arguments])
 
 
 @pytest.fixture
@@ -63,8 +61,7 @@ def test_a_checkpoint_says_what_its_run_was_made_of(whole):
     assert extra["algorithms"]["isa"] == backend("cpu").NAME and len(extra["algorithms"]["build"]) == 64
 
 
-def test_a_run_of_a_text_says_so_of_its_own_token_files():
-    Path("notes.txt").write_text("".join(f"{number} bottles of ale are on the wall,\n" for number in range(60)))
+def test_a_run_of_a_text_says_so_of_its_own_token_files(in_folder_with_text):
     arguments = TRAIN[4:]
     assert cli.run_main(train.main, ["--text", "notes.txt", *arguments]) == 0
     data = saved()["data"]
@@ -74,15 +71,61 @@ def test_a_run_of_a_text_says_so_of_its_own_token_files():
 # ---- what is the same run -------------------------------------------------------------------------------------------
 
 
+MOVED = ("--train-data", "elsewhere/part_*.bin", "--val-data", "elsewhere/val.bin")
+
+
 def test_the_data_may_move(whole, capsys):
-    """Names count without their folders; the recipe's pattern is what has to follow."""
-    checkpoint.Checkpoint(Path("run"), 4).remove()
+    """Names count without their folders, and the recipe follows."""
     os.rename("data", "elsewhere")
-    recipe = Path("run/recipe.toml")
-    recipe.write_text(recipe.read_text().replace("/data/", "/elsewhere/"))
-    assert cli.run_main(train.main, ["--out", "run", "--resume"]) == 0
+    assert resume() == 1
+    assert re.search(r"no such token file any more; .* with --train-data where it is now\n", capsys.readouterr().err)
+    assert resume(*MOVED[:2]) == 1
+    assert "with --val-data where it is now" in capsys.readouterr().err
+    assert resume(*MOVED) == 0
     assert capsys.readouterr().err == ""
     assert Path("run/model_00000004.bin").read_bytes() == whole
+    assert resume() == 0
+
+
+def test_other_data_elsewhere_is_refused(whole, capsys):
+    os.rename("data", "elsewhere")
+    write_tokens("elsewhere/part_1.bin", TOKENS[:1000])
+    assert resume(*MOVED) == 1
+    assert "this run was trained on other data: part_1.bin: has other tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("knows", ["nothing", "no checkpoint"])
+def test_data_that_nothing_tells_from_others_does_not_move(knows, whole, capsys):
+    os.rename("data", "elsewhere")
+    if knows == "no checkpoint":
+        checkpoint.Checkpoint(Path("run"), 2).remove()
+    else:
+        manifest = json.loads(Path("run/DONE_00000002").read_text()) | {"extra": {}}
+        Path("run/DONE_00000002").write_text(json.dumps(manifest))
+    assert resume(*MOVED) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: run: this run began with another path than --train-data elsewhere/part_*.bin, and")
+    assert err.count("\n") == 1
+
+
+def test_the_model_that_a_run_started_from_may_move_once_there_is_a_checkpoint(whole, capsys):
+    def go_on(init: str) -> int:
+        return cli.run_main(train.main, ["--out", "on", "--resume", "--init", init])
+
+    at = TRAIN.index("--layers")
+    options = [*TRAIN[:at], *TRAIN[at + 8 :], "--out", "on"]
+    assert cli.run_main(train.main, [*options, "--init", "run/model_00000002.bin"]) == 0
+    expected = Path("on/model_00000004.bin").read_bytes()
+    os.rename("run/model_00000002.bin", "start.bin")
+    checkpoint.Checkpoint(Path("on"), 4).remove()
+    assert go_on("start.bin") == 0
+    assert Path("on/model_00000004.bin").read_bytes() == expected
+    assert 'start.bin"' in Path("on/recipe.toml").read_text()
+    os.rename("start.bin", "again.bin")
+    for step in (2, 4):
+        checkpoint.Checkpoint(Path("on"), step).remove()
+    assert go_on("again.bin") == 1
+    assert "began with another path than --init again.bin" in capsys.readouterr().err
 
 
 def test_more_steps_by_llm_cs_flags(whole, capsys):
@@ -167,7 +210,7 @@ def test_folders_that_sort_otherwise_are_told():
 
     now = {"data": {"train": described("b", "a"), "val": []}, "versions": {}, "algorithms": {}}
     with pytest.raises(ValueError, match="file 1 was a, now it is b: their folders sort otherwise"):
-        provenance.compare({"data": {"train": described("a", "b"), "val": []}}, now, "DONE", report=print)
+        provenance.compare({"data": {"train": described("a", "b"), "val": []}}, now, "DONE")
 
 
 @pytest.mark.parametrize("data", [7, {}, {"train": []}, {"train": [7], "val": []}, {"train": [{"name": 7}], "val": []}])
@@ -184,7 +227,7 @@ def test_what_is_damaged_is_refused(data, whole, capsys):
 
 
 def test_a_large_file_is_sampled_and_a_small_one_read_as_a_whole(monkeypatch):
-    monkeypatch.setattr(provenance, "PIECE_BYTES", 64)
+    monkeypatch.setattr(files, "PIECE_BYTES", 64)
     path = Path("data/part_0.bin")
 
     def sample() -> str:
@@ -202,7 +245,7 @@ def test_a_large_file_is_sampled_and_a_small_one_read_as_a_whole(monkeypatch):
                 unseen.append(place)
         return unseen
 
-    monkeypatch.setattr(provenance, "PIECES", 32)
+    monkeypatch.setattr(files, "PIECES", 32)
     assert hidden(32 * 64) == []
     unseen = hidden(4096)
     assert unseen and min(unseen) >= 1024 and max(unseen) < 4096 - 64

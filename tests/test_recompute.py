@@ -109,22 +109,20 @@ def test_every_constructor_takes_the_level(tmp_path, monkeypatch):
 
 
 def test_too_little_memory_tells_what_needs_less(monkeypatch):
+    """Of what needs less only what would fit."""
     model = GPT2(ODD)
     monkeypatch.setattr("pyllmc.hardware.SMALL_BYTES", 0)
-    monkeypatch.setattr("pyllmc.hardware.free_memory", lambda: 1000)
-    message = r"training on a batch of 3 x 33 tokens needs [\d.]+ GiB, [\d.]+ GiB is free"
-    less = r"; recompute=2 needs [\d.]+ GiB; a batch of 1 x 33 needs [\d.]+ GiB"
-    with pytest.raises(MemoryError, match=message + less + "$"):
-        model.forward_backward(*next(make_batches(ODD)))
-    model.recompute = 2
-    with pytest.raises(MemoryError, match=message.replace("3 x", "1 x") + "$"):
-        model.forward_backward(*next(make_batches(ODD, [(1, 0)])))
+    whole, recomputed, single = (model._bytes_of_step(B, 33, level) for B, level in ((3, 0), (3, 2), (1, 0)))
+    assert single < recomputed < whole
+    message = r"training on a batch of 3 x 33 tokens needs \S+ \w+, \S+ \w+ is free"
+    recompute, batch = r"; recompute=2 needs \S+ \w+", r"; a batch of 1 x 33 needs \S+ \w+"
+    for free, less in ((whole - 1, recompute + batch), (recomputed - 1, batch), (single - 1, "")):
+        monkeypatch.setattr("pyllmc.hardware.free_memory", lambda free=free: free)
+        with pytest.raises(MemoryError, match=message + less + "$"):
+            model.forward_backward(*next(make_batches(ODD)))
 
 
-def test_a_run_has_the_level_of_its_settings_and_may_change_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyllmc.hardware.peak_gflops", lambda seconds=0.2: 100.0)
-    Path("notes.txt").write_text("".join(f"{number} bottles of ale are on the wall,\n" for number in range(60)))
+def test_a_run_has_the_level_of_its_settings_and_may_change_it(in_folder_with_text, monkeypatch):
     small = "--text notes.txt --layers 2 --heads 2 --channels 16 --context 16 --max-steps 4 --sample-every 0"
     levels = []
     recompute = GPT2._recompute

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyllmc import cli, runs, train
+from pyllmc.settings import Settings
 
 DATA = {"train.bin": "tokens", "val.bin": "tokens", "tokenizer.bin": "vocabulary", "tokenizer.json": "{}"}
 
@@ -68,18 +70,92 @@ def test_a_recipe_in_the_folder_it_names_survives(tmp_path, capsys):
 )
 def test_what_a_run_left_moves_aside(mark, tmp_path):
     folder = make(tmp_path / "exp", DATA | mark)
-    with runs.claimed(folder, resume=False) as moved:
-        assert moved == tmp_path / "exp.1"
+    with runs.claimed(folder, resume=False) as claim:
+        assert claim.moved == tmp_path / "exp.1"
         assert os.listdir(folder) == [".lock"]
-    assert content(moved).items() >= DATA.items()
+    assert content(tmp_path / "exp.1").items() >= DATA.items()
 
 
-def test_a_failing_start_deletes_only_its_own_files(tmp_path):
-    folder = make(tmp_path / "exp", {"train.bin": "old", "notes.txt": "x"})
-    with pytest.raises(KeyError), runs.claimed(folder, resume=True):
-        make(folder, {"val.bin": "new"})
+@pytest.mark.parametrize("files", [{}, {"train.bin": "old", "DONE_00000004": ""}])
+def test_a_failing_start_deletes_only_its_own_files(files, tmp_path):
+    """Its lock file too: with that the user's next files there would pass for a run's."""
+    folder = make(tmp_path / "exp", files | {"notes.txt": "x"})
+    with pytest.raises(KeyError), runs.claimed(folder, resume=bool(files)):
+        make(folder, {"val.bin": "new", "tokenizer.bin": "new"})
         raise KeyError
-    assert content(folder) == {"train.bin": "old", "notes.txt": "x"}
+    assert content(folder) == files | {"notes.txt": "x"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("recipe", ["# my notes\n", None])
+def test_a_run_that_has_begun_loses_nothing_whatever_becomes_of_its_recipe(resume, recipe, tmp_path):
+    folder = make(tmp_path / "exp", {"recipe.toml": runs.RUN_MARK} if resume else {})
+    with pytest.raises(KeyError), runs.claimed(folder, resume) as claim:
+        if not resume:
+            claim.begin(Settings())
+        make(folder, DATA | {"DONE_00000004": "", "main.log": ""})
+        make(folder / "tensorboard", {"events": ""})
+        (folder / "recipe.toml").unlink()
+        if recipe:
+            make(folder, {"recipe.toml": recipe})
+        raise KeyError
+    kept = {*DATA, "DONE_00000004", "main.log", "tensorboard", *(["recipe.toml"] if recipe else [])}
+    assert kept.union([".lock"] if not resume else []) <= set(os.listdir(folder))
+
+
+def test_a_start_that_fails_with_a_folder_in_its_way_says_why(tmp_path):
+    with pytest.raises(KeyError), runs.claimed(tmp_path / "exp", resume=False):
+        make(tmp_path / "exp" / "tensorboard", {"events": ""})
+        raise KeyError
+    assert os.listdir(tmp_path / "exp") == ["tensorboard"]
+
+
+def test_a_run_to_resume_that_another_process_has_moved_is_not_begun_anew(tmp_path):
+    with pytest.raises(ValueError, match="exp: the run to resume is gone"), runs.claimed(tmp_path / "exp", resume=True):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("becomes", ["moved", "replaced", "deleted"])
+def test_a_folder_that_is_not_the_runs_any_more_is_noticed(becomes, tmp_path):
+    folder = tmp_path / "exp"
+    with runs.claimed(folder, resume=False) as claim:
+        claim.begin(Settings())
+        claim.check()
+        if becomes == "deleted":
+            shutil.rmtree(folder)
+        else:
+            folder.rename(tmp_path / "other")
+        if becomes == "replaced":
+            make(folder, {".lock": "of another run"})
+        with pytest.raises(ValueError, match="exp: was moved, deleted or replaced while the run went on") as error:
+            claim.check()
+        assert "\n" not in str(error.value)
+    assert not folder.exists() or content(folder) == {".lock": "of another run"}
+
+
+def test_a_lock_file_that_is_none_is_named(tmp_path):
+    folder = make(tmp_path / "exp", {"recipe.toml": runs.RUN_MARK})
+    os.mkfifo(folder / ".lock")
+    with pytest.raises(ValueError, match=r"\.lock: not a regular file, so it cannot be locked"):
+        runs.claimed(folder, resume=True).__enter__()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    with pytest.raises(OSError, match="cannot write this file: Is a directory") as error:
+        runs.claimed(folder, resume=True).__enter__()
+    assert error.value.filename == str(folder / ".lock")
+
+
+def test_an_earlier_run_that_cannot_be_moved_is_told(tmp_path, monkeypatch):
+    folder = make(tmp_path / "exp", {"recipe.toml": runs.RUN_MARK})
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match=r"cannot move this earlier run to exp\.1, so choose another --out: Permission"):
+        runs.claimed(folder, resume=False).__enter__()
+    assert os.listdir(tmp_path) == ["exp"]
 
 
 def test_a_refused_process_leaves_the_others_lock(tmp_path, monkeypatch):
@@ -121,7 +197,7 @@ def test_file_systems_without_locks(number, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refuse)
     make(tmp_path / "exp", {"recipe.toml": "# The settings of this run. And more"})
     with contextlib.ExitStack() as stack:
-        assert stack.enter_context(runs.claimed(tmp_path / "exp", resume=False)) == tmp_path / "exp.1"
+        assert stack.enter_context(runs.claimed(tmp_path / "exp", resume=False)).moved == tmp_path / "exp.1"
     told = capsys.readouterr().err
     assert told == f"{tmp_path / 'exp'}: no locks on this file system: let no other process train there\n"
 
@@ -176,9 +252,9 @@ def test_the_lock_goes_with_the_process_even_if_it_left_a_child(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_of_several_that_start_at_the_same_moment_one_goes_on(tmp_path):
+def test_of_several_that_start_at_the_same_moment_one_goes_on(tmp_path, text):
     """On a folder that is not there, and on one with an earlier run, which is moved away once."""
-    (tmp_path / "text.txt").write_text("".join(f"{number} bottles of ale are on the wall,\n" for number in range(60)))
+    (tmp_path / "text.txt").write_text(text)
     small = "--layers 1 --heads 2 --channels 16 --context 16 --checkpoint-every 0 --sample-every 0 --val-every 0"
     command = [sys.executable, "-m", "pyllmc.train", "--text", "text.txt", "--out", "run", *small.split()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -219,8 +295,8 @@ def test_what_a_killed_run_had_begun_to_write_goes_away_when_its_folder_is_claim
     with runs.claimed(folder, resume=True):
         assert set(content(folder)) == {*run, *others, ".lock"}
     make(folder, half)
-    with runs.claimed(folder, resume=False) as moved:
-        assert set(content(moved)) == {*run, *others, ".lock"} and os.listdir(folder) == [".lock"]
+    with runs.claimed(folder, resume=False) as claim:
+        assert set(content(claim.moved)) == {*run, *others, ".lock"} and os.listdir(folder) == [".lock"]
 
 
 def test_a_start_that_was_killed_at_its_lock_can_be_made_again(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyllmc import cli, settings
+from pyllmc import cli, settings, train
 from pyllmc.config import GPT2Config
 
 
@@ -59,8 +59,13 @@ def test_every_setting_is_an_option_with_help():
     parser = cli.ArgumentParser()
     settings.add_options(parser, settings.base_settings({}))
     help = parser.format_help()
+    # All in the table's order, each group's title right before its first setting.
+    expected = []
     for name in settings.FIELDS:
-        assert settings.flag(name) in help
+        expected += [f"{settings.GROUPS[name]}:"] if name in settings.GROUPS else []
+        expected.append(f"  {settings.flag(name)}")
+    found = re.findall(r"^(?:  --[\w-]+|(?!usage|options)\w[\w ]*:)", help, re.MULTILINE)
+    assert found == expected
     given = vars(parser.parse_args(["--layers", "3", "--final-lr-fraction", "0.25", "--no-shuffle", "--overfit"]))
     assert {name: value for name, value in given.items() if value is not None} == {
         "layers": 3,
@@ -204,7 +209,44 @@ def test_only_settings_without_influence_on_the_result_change_on_resume():
 def test_a_path_may_be_written_in_another_way_on_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorded = settings.base_settings({}) | {"train_data": str(tmp_path / "t_*.bin"), "init": "d12"}
-    settings.check_resumable(recorded, {"train_data": "t_*.bin", "init": "d12"}, Path("out/a"))
-    for other in ({"train_data": "u_*.bin"}, {"init": "d6"}, {"init": "d12.bin"}):
+    assert not settings.check_resumable(recorded, {"train_data": "t_*.bin", "init": "d12"}, Path("out/a"))
+    for other in ({"init": "d6"}, {"init": "d12.bin"}):
         with pytest.raises(ValueError, match="out/a: this run has"):
             settings.check_resumable(recorded, other, Path("out/a"))
+
+
+# ---- settings of AdamW, and of skipped updates -----------------------------------------------------------------------
+
+
+def test_eps_and_decay_reach_the_optimizer(in_folder_with_text, monkeypatch):
+    optimizers, update = [], train._update
+    monkeypatch.setattr(train, "_update", lambda run, *rest: optimizers.append(run.optimizer) or update(run, *rest))
+    small = "--text notes.txt --layers 1 --heads 2 --channels 16 --context 16 --batch-size 4 --max-steps 1 --threads 1"
+    assert cli.run_main(train.main, [*small.split(), "--eps", "1e-6", "--decay", "all", "--weight-decay", "0.25"]) == 0
+    assert cli.run_main(train.main, [*small.split(), "--out", "default"]) == 0
+    (given, default) = optimizers
+    assert (given.eps, given.decay, given.weight_decay) == (1e-6, "all", 0.25)
+    assert (default.eps, default.decay) == (1e-8, "matrices")
+
+
+@pytest.mark.parametrize("arguments", [["--eps", "0"], ["--eps", "1e-46"], ["--decay", "some"], ["--skip-loss-z", "-1"],
+                                       ["--skip-norm-z", "nan"], ["--max-skipped", "0"]])  # fmt: skip
+def test_values_out_of_range(arguments, capsys):
+    parser = cli.ArgumentParser()
+    settings.add_options(parser, settings.base_settings({}))
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and arguments[0] in err and err.count("\n") == 1
+
+
+def test_what_has_another_path_on_resume_is_returned():
+    """For prepare.py, which finds out whether it is the same."""
+    recorded = settings.base_settings({}) | {"train_data": "t_*.bin", "init": "a.bin"}
+    asked = {"train_data": "u_*.bin", "init": "b.bin", "threads": 1}
+    assert settings.check_resumable(recorded, asked, Path("out/a")) == {"train_data", "init"}
+    for other in ({"train_data": ""}, {"init": "d12"}, {"init": "gpt2"}):
+        with pytest.raises(ValueError, match="out/a: this run has"):
+            settings.check_resumable(recorded, other, Path("out/a"))
+    with pytest.raises(ValueError, match="out/a: this run has train_data = , and --train-data"):
+        settings.check_resumable(settings.base_settings({}), {"train_data": "u.bin"}, Path("out/a"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, runs, train
+from pyllmc import checkpoint, cli, hardware, prepare, runs, train
 from pyllmc.generate import find_model
 from pyllmc.model import GPT2
 
@@ -26,16 +26,8 @@ FILES = [
     "main.log", "times.csv", "recipe.toml", "tokenizer.bin", "tokenizer.json", "train.bin", "val.bin", "loss.png",
     f"DONE_{STEPS:08d}", f"model_{STEPS:08d}.bin", f"state_{STEPS:08d}_00000.bin",
 ]  # fmt: skip
-TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
 
-
-@pytest.fixture(autouse=True)
-def in_folder_with_text(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with notes.txt in it."""
-    monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text(TEXT)
-    # The real one takes its time to measure.
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
+pytestmark = pytest.mark.usefixtures("in_folder_with_text")
 
 
 def run(*arguments: str) -> int:
@@ -65,10 +57,10 @@ def interrupt_at(monkeypatch, step: int, number: int = signal.SIGINT) -> None:
     """The signal comes in the middle of update `step`."""
     update = train._update
 
-    def interrupted(run, at, log):
+    def interrupted(run, at, record):
         if at == step:
             os.kill(os.getpid(), number)
-        update(run, at, log)
+        update(run, at, record)
 
     monkeypatch.setattr(train, "_update", interrupted)
 
@@ -118,6 +110,8 @@ def test_console_output(capsys):
     assert [line.split()[0] for line in plan.splitlines()] == [
         "text", "model", "steps", "machine", "memory", "speed", "time", "folder"
     ]  # fmt: skip
+    assert re.search(r"text +\S+ [\d,]+ tokens to train on, \d+ held out; a token is a character, one of 2", plan)
+    assert re.search(r"steps +8 of 4 x 16 tokens, \S+ times the data; learning rate 0.01 after 2 steps of wa", plan)
     assert re.search(r"model +[\d,]+ parameters \(layers 1, heads 2, channels 16, context 16\)", plan)
     assert re.search(r"memory +\S+ \w+ needed of \S+ \w+ free", plan)
     assert "of the peak (6 N + 6 L C T = " in plan
@@ -182,7 +176,10 @@ def test_no_picture_without_matplotlib(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run() == 0
-    assert "pip install matplotlib" in capsys.readouterr().out
+    assert (
+        "no picture: out/notes/loss.png: needs matplotlib; pip install 'pyllmc[plot]'; after that:  "
+        "python -m pyllmc.plot out/notes\n"
+    ) in capsys.readouterr().out
     assert visible("out/notes") == sorted(set(FILES) - {"loss.png"})
 
 
@@ -331,7 +328,7 @@ def test_a_run_can_stop_at_the_same_step_twice(whole, monkeypatch):
 def test_step_without_a_finite_loss_is_skipped(capsys, monkeypatch):
     forward_backward, update, seen = GPT2.forward_backward, train._update, {}
 
-    def spoilt_at_3_and_4(run, step, log):
+    def spoilt_at_3_and_4(run, step, record):
         def sometimes_nan(model, *batch, loss_scale):
             seen[step] = model.flat_params.copy()
             loss = forward_backward(model, *batch, loss_scale=loss_scale)
@@ -342,7 +339,7 @@ def test_step_without_a_finite_loss_is_skipped(capsys, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(GPT2, "forward_backward", sometimes_nan)
-            update(run, step, log)
+            update(run, step, record)
 
     monkeypatch.setattr(train, "_update", spoilt_at_3_and_4)
     assert run() == 0
@@ -384,8 +381,8 @@ def test_a_diverged_run_ends_with_an_error(steps, capsys):
 def test_parameters_that_are_not_finite_are_not_saved(capsys, monkeypatch):
     update = train._update
 
-    def spoil(run, step, log):
-        update(run, step, log)
+    def spoil(run, step, record):
+        update(run, step, record)
         if step == 5:
             run.model.flat_params[7] = np.inf
 
@@ -529,9 +526,21 @@ def test_more_disk_than_free(capsys, monkeypatch):
 
 
 def test_more_memory_than_free(capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "free_memory", lambda: 100_000)
-    check_refused(run("--layers", "2"), capsys, "100 kB is free; --recompute 2 needs ", "; --batch-size 1 needs ")
-    check_refused(run("--layers", "2", "--recompute", "2"), capsys, "100 kB is free; --batch-size 1 needs ")
+    """Of what needs less only what would fit is proposed."""
+    settings = train._read_request(["--text", "notes.txt", *SMALL, "--layers", "4"]).settings
+    config = prepare.new_config(settings, 30)
+    recomputed, single = (
+        prepare._needed_memory(dataclasses.replace(settings, **less), config)
+        for less in ({"recompute": 2}, {"batch_size": 1})
+    )
+    assert single < recomputed
+    otherwise = "reduce --seq-len, or reduce --layers, --channels or --context\n"
+    recompute, batch = r"--recompute 2 needs \S+ [kM]B; or ", r"--batch-size 1 needs \S+ [kM]B; or "
+    for free, ways in ((recomputed, recompute + batch), (single, batch), (50_000, "")):
+        monkeypatch.setattr(hardware, "free_memory", lambda free=free: free)
+        assert run("--layers", "4") == 1
+        told = rf"error: training this model needs \S+ [kM]B of memory, \S+ [kM]B is free; {ways}{otherwise}"
+        assert re.fullmatch(told, capsys.readouterr().err)
 
 
 def test_read_only_folder(capsys):
@@ -569,7 +578,7 @@ def test_resume_refuses_other_settings(option, value, capsys):
 
 def test_resume_refuses_another_text(capsys):
     run()
-    Path("notes.txt").write_text(TEXT.replace("ale", "tea"))
+    Path("notes.txt").write_text(Path("notes.txt").read_text().replace("ale", "tea"))
     assert run("--resume") == 1
     assert "another text" in capsys.readouterr().err
     assert visible("out/notes") == sorted(FILES)

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, modelfile, train
+from pyllmc import checkpoint, cli, modelfile, train
 from pyllmc.config import GPT2Config
 from pyllmc.dataloader import DataLoader
 from pyllmc.datasets import prepare_text
 from pyllmc.generate import stream_text
 from pyllmc.model import GPT2
 from pyllmc.optimizer import AdamW, clip_scale, grad_norm
-from pyllmc.prepare import PROCESS_COUNTS
+from pyllmc.prepare import PROCESS_COUNTS, _describe_rate
+from pyllmc.schedules import learning_rate
+from pyllmc.settings import Settings
 from pyllmc.tokenfile import write_tokens
 from pyllmc.tokenizer import Tokenizer
 
@@ -24,7 +26,6 @@ SMALL = [
     "--channels", "16", "--context", "16", "--batch-size", "2", "--seq-len", "8", "--max-steps", "4", "--threads", "1",
     "--sample-every", "0", "--val-every", "2", "--out", "run", "--log-every", "1",
 ]  # fmt: skip
-TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
 RUN_FILES = {
     "main.log", "times.csv", "recipe.toml", "loss.png", "DONE_00000004", "model_00000004.bin",
     "state_00000004_00000.bin",
@@ -32,11 +33,9 @@ RUN_FILES = {
 
 
 @pytest.fixture(autouse=True)
-def in_folder_with_data(tmp_path, monkeypatch):
+def in_folder_with_data(in_folder, text):
     """Every test works in a folder of its own, with data/train.bin, val.bin and the tokenizer of their characters."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
-    prepare_text(TEXT, "data")
+    prepare_text(text, "data")
 
 
 def run(*arguments: str) -> int:
@@ -69,6 +68,24 @@ def by_hand(model: GPT2, loader: DataLoader, steps: int, batches_per_step: int =
         optimizer.step(3e-4, grad_scale=clip_scale(grad_norm(model), 1.0))
         found.append(sum(parts) / batches_per_step)
     return found
+
+
+@pytest.mark.parametrize(
+    ("warmup", "schedule", "told"),
+    [
+        (0, "cosine", "learning rate 0.0003, cosine"),
+        (100, "wsd", "learning rate 0.0003 after 100 steps of warm-up, wsd"),
+        (1000, "cosine", "learning rate 0.0003 after 1,000 steps of warm-up, cosine"),
+        (1001, "linear", "learning rate 0.0003, never reached in a warm-up of 1,001 steps, linear"),
+        (100, "constant", "learning rate 0.0003, constant"),
+    ],
+)
+def test_the_plan_says_what_the_learning_rate_will_do(warmup, schedule, told):
+    """What it says is what the schedule does in 1,000 steps."""
+    assert _describe_rate(Settings(learning_rate=3e-4, warmup=warmup, schedule=schedule), 1000) == told
+    rates = [learning_rate(schedule, step, peak=3e-4, warmup=warmup, total=1000) for step in range(1000)]
+    assert ("never" in told) == (max(rates) < 3e-4)
+    assert rates.index(max(rates)) == (0 if schedule == "constant" else min(max(warmup, 1), 1000) - 1)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -193,7 +210,7 @@ def test_init_without_a_sequence_length_takes_the_models_context(model_file, cap
     options = init_options(model_file)
     at = options.index("--seq-len")
     assert cli.run_main(train.main, options[:at] + options[at + 2 :]) == 0
-    assert "4 of 2 x 32 characters" in capsys.readouterr().out
+    assert "4 of 2 x 32 tokens" in capsys.readouterr().out
 
 
 def test_a_text_goes_on_with_the_models_own_characters(model_file, capsys):
@@ -209,8 +226,8 @@ def test_a_text_goes_on_with_the_models_own_characters(model_file, capsys):
     assert re.search(r"foreign.txt: has \d+ characters that the vocabulary has not", capsys.readouterr().err)
 
 
-def test_a_text_in_gpt2s_tokens(capsys):
-    Path("more.txt").write_text(TEXT)
+def test_a_text_in_gpt2s_tokens(text, capsys):
+    Path("more.txt").write_text(text)
     options = ["--text", "more.txt", "--tokenizer", "gpt2", "--layers", "1", "--heads", "2", "--channels", "8"]
     options += ["--context", "8", "--batch-size", "1", "--max-steps", "2", "--sample-length", "5"]
     assert cli.run_main(train.main, options) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllmc import checkpoint, cli, hardware, train
+from pyllmc import checkpoint, cli, train
 from pyllmc.model import GPT2
 
 STEPS = 170
@@ -19,18 +19,12 @@ SMALL = [
     "--max-steps", str(STEPS), "--learning-rate", "1e-2", "--val-every", "0", "--val-batches", "2",
     "--sample-every", "0", "--checkpoint-every", "0", "--skip-loss-z", "6", "--skip-norm-z", "7", "--log-every", "1",
 ]  # fmt: skip
-TEXT = "".join(f"{number} bottles of ale are on the wall,\n" for number in range(60))
 # The number of the update: by how much its loss, or norm, is too large.
 LOSSES, NORMS = {135: 9.0, 150: 40.0, 153: 200.0}, {152: 50.0, 153: 900.0}
 SKIPPED = [135, 150, 152, 153]
 
 
-@pytest.fixture(autouse=True)
-def in_folder_with_text(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with notes.txt in it."""
-    monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text(TEXT)
-    monkeypatch.setattr(hardware, "peak_gflops", lambda seconds=0.2: 100.0)
+pytestmark = pytest.mark.usefixtures("in_folder_with_text")
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +32,11 @@ def seen(monkeypatch):
     """Adds LOSSES and NORMS to what the updates of these numbers find; the parameters before each update, by number."""
     forward_backward, grad_norm, update, before, step = GPT2.forward_backward, train.grad_norm, train._update, {}, -1
 
-    def numbered(run, number, log):
+    def numbered(run, number, record):
         nonlocal step
         step = number
         before[number] = run.model.flat_params.copy()
-        update(run, number, log)
+        update(run, number, record)
 
     def higher_loss(model, *batch, loss_scale=1.0):
         return forward_backward(model, *batch, loss_scale=loss_scale) + np.float32(LOSSES.get(step, 0))
@@ -71,10 +65,10 @@ def stop_after(monkeypatch, step: int) -> None:
     """The run is asked to stop in the middle of update `step`."""
     update = train._update
 
-    def stopped(run, number, log):
+    def stopped(run, number, record):
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
-        update(run, number, log)
+        update(run, number, record)
 
     monkeypatch.setattr(train, "_update", stopped)
 
@@ -222,25 +216,3 @@ def test_a_checkpoint_with_a_wrong_state_is_refused(detector, monkeypatch, capsy
     err = capsys.readouterr().err
     assert err.startswith("error: out/notes/DONE_00000002: detector: expected an object with loss")
     assert err.count("\n") == 1
-
-
-# ---- settings of AdamW -----------------------------------------------------------------------------------------------
-
-
-def test_eps_and_decay_reach_the_optimizer(monkeypatch):
-    optimizers, update = [], train._update
-    monkeypatch.setattr(train, "_update", lambda run, *rest: optimizers.append(run.optimizer) or update(run, *rest))
-    assert run("--max-steps", "1", "--eps", "1e-6", "--decay", "all", "--weight-decay", "0.25") == 0
-    assert run("--max-steps", "1") == 0
-    (given, default) = optimizers
-    assert (given.eps, given.decay, given.weight_decay) == (1e-6, "all", 0.25)
-    assert (default.eps, default.decay) == (1e-8, "matrices")
-
-
-@pytest.mark.parametrize("arguments", [["--eps", "0"], ["--eps", "1e-46"], ["--decay", "some"], ["--skip-loss-z", "-1"],
-                                       ["--skip-norm-z", "nan"], ["--max-skipped", "0"]])  # fmt: skip
-def test_values_out_of_range(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and arguments[0] in err and err.count("\n") == 1

@@ -1,7 +1,7 @@
 # Token and position embedding: the first thing a step does, and, backward, the last.
 
 cdef enum:
-    STREAMED = 4194304  # floats of a table that no cache holds: what is written once goes past the caches
+    STREAMED = 4194304  # floats, 16 MiB, more than a core's share of the last cache: see encoder_backward
 
 
 cdef void encode_row(const int32_t* tokens, const float* wte, const float* wpe, float* out, Py_ssize_t row,
@@ -42,7 +42,8 @@ cdef void sort_rows(const int32_t* tokens, Py_ssize_t rows, Py_ssize_t V, int32_
 cdef void scatter_strip(const float* dout, const int32_t* tokens, const int32_t* start, const int32_t* order,
                         float* dwte, float* dwpe, Py_ssize_t rows, Py_ssize_t T, Py_ssize_t C, Py_ssize_t first,
                         Py_ssize_t stop, bint add_wte, bint stream) noexcept nogil:
-    """All rows for some channels, by token: a row of dwte is written when it is first met, and near when met again."""
+    """All rows for some channels, by token: a row of dwte is written when it is first met, and near when met again.
+    With `stream`, what a token that occurs once gives goes past the caches."""
     cdef Py_ssize_t i, j, n, row, last = -1, ahead
     cdef bint once
     cdef vfloat x
@@ -146,6 +147,8 @@ def encoder_backward(dout, tokens, wte, wpe, *, dwte=None, dwpe=None, accumulate
     sort_rows(ids, rows, V, start, order)
     if not add:
         memset(position, 0, product(wpe_shape) * sizeof(float))
+    # A gradient that is larger than the cache would have left it before anyone reads it. Written past the caches its
+    # lines need not be fetched first; for that there must be nothing to add to, and no vector that lies in two lines.
     cdef bint stream = not add_wte and V * C >= STREAMED and C % W == 0 and <size_t> token % (W * sizeof(float)) == 0
     cdef int t = team(<double> rows * C, ceil_div(C, LINE))
     width = round_up(ceil_div(C, t), LINE)

@@ -227,6 +227,6 @@ def add_common_options(parser: ArgumentParser, name: str, tokenizer: str | None)
     )
 
 
-def add_input_option(parser: ArgumentParser, what: str, metavar: str = "FILE") -> None:
-    """The option of those that are downloaded."""
-    parser.add_argument("--input", type=Path, metavar=metavar, help=f"{what} that is there already, not downloaded")
+def add_input_option(parser: ArgumentParser, what: str) -> None:
+    """The option of those that are one file to download."""
+    parser.add_argument("--input", type=Path, metavar="FILE", help=f"{what} that is there already, not downloaded")

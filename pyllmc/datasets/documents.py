@@ -9,7 +9,7 @@
 Documents without text are passed over. Line ends of plain text become line feeds; those inside JSON and Parquet stay.
 
 Called by text.py and shards.py, and for what they share by common.py, fineweb.py, tinyshakespeare.py, tinystories.py
-and hellaswag.py; calls files.py, and tokenizer.py for what ends a text.
+and hellaswag.py; calls files.py, extras.py, and tokenizer.py for what ends a text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from ..extras import needed
 from ..files import open_regular
 from ..tokenizer import END_OF_TEXT
 
@@ -196,11 +197,9 @@ def _read_parquet(path: Path, field: str, report: Callable[[int], object]) -> It
 
 def import_parquet(place: object) -> tuple[ModuleType, ModuleType]:
     """pyarrow and its module for Parquet; ImportError, naming `place`, where it is not installed."""
-    try:
+    with needed("parquet", place):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise ImportError(f"{place}: Parquet files need pyarrow; pip install 'pyllmc[parquet]'") from None
     return pyarrow, parquet
 
 

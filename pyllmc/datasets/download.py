@@ -4,7 +4,7 @@ While it is loaded the file is called NAME.part; it gets its name when its size 
 there, from a run that was stopped, is gone on with where the server can do that (Range), and loaded anew where not. A
 server that is busy, or breaks off, is asked again.
 
-Called by tinyshakespeare.py, tinystories.py and hellaswag.py; calls requests, progress.py, files.py and logs.py.
+Called by tinyshakespeare.py, tinystories.py and hellaswag.py; calls requests, progress.py, files.py and figures.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from ..files import file_size, open_regular, sha256_of
-from ..logs import format_bytes
+from ..figures import format_bytes
+from ..files import file_size, naming_errors, open_regular, sha256_of
 from .progress import Progress
 
 ATTEMPTS = 5  # that bring nothing, one after the other
@@ -37,16 +37,12 @@ def fetch(address: str, path: Path, *, size: int, sha256: str) -> Path:
             raise ValueError(f"{path}: is not the file of {address}: {wrong}; delete it or name another with --input")
         return path
     part = path.with_name(path.name + ".part")
-    try:
+    with naming_errors(part):
         _download(address, part, size)
         if wrong := _difference(part, size, sha256):
             part.unlink()
             raise ValueError(f"{address}: what came is not the expected file: {wrong}; {_otherwise(part)}")
         os.replace(part, path)
-    except OSError as error:
-        if error.errno and error.filename is None:
-            raise OSError(error.errno, f"cannot write this file: {os.strerror(error.errno)}", str(part)) from None
-        raise
     return path
 
 

@@ -6,10 +6,11 @@ they are fetched one after the other into the hub's cache, in the order of their
 have tokenised.
 
 The names of the repositories, samples and files are llm.c's, and so is the order of the documents. Shards have no
-SHA-256 to hold them to, since the samples are known by the revision of their repository, which the record keeps: a run
-that goes on takes the same one.
+SHA-256 to hold them to, since the samples are known by the revision of their repository, which the manifest keeps: a
+run that goes on takes the same one.
 
-Called by __main__.py; calls common.py, documents.py, shards.py, tokenfile.py, tokenizer.py, logs.py and hub.py.
+Called by __main__.py; calls common.py, documents.py, shards.py, files.py, tokenfile.py, tokenizer.py, figures.py and
+hub.py.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import NamedTuple
 
 from .. import hub
 from ..cli import ArgumentParser, positive_int
-from ..logs import format_bytes
+from ..figures import format_bytes
+from ..files import file_size, open_regular, sha256_of_sample
 from ..tokenfile import MAX_TOKENS, read_shard
 from ..tokenizer import TOKENIZER_FILE, Tokenizer
-from .common import Prepared, add_common_options, add_input_option, check_replaceable, new_folder
+from .common import Prepared, add_common_options, check_replaceable, new_folder
 from .documents import import_parquet
-from .shards import Record, ShardFolder, Source, write_shards
+from .shards import Manifest, ShardFolder, Source, write_shards
 
 HELP = "FineWeb, English text of the web, 28 GB to download for 10 billion tokens, as llm.c has it"
 SHARD_SIZE = 100_000_000
@@ -67,10 +69,13 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=positive_int, metavar="N", help=f"tokens of a shard, by default {SHARD_SIZE}"
     )
-    add_input_option(parser, "a folder of Parquet files or JSON lines, field text,", "FOLDER")
     parser.add_argument(
-        "--shards", type=positive_int, metavar="N", help="fetch the shard that is held out and the first N others of "
-        "the 100B that are there ready made, about 0.2 GB each",
+        "--input", type=Path, metavar="FOLDER", help="folder with the documents, Parquet files or JSON lines with a "
+        "field text, instead of a download",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shards", type=positive_int, metavar="N", help="make nothing, but fetch the validation shard and the first N "
+        "training shards of the 100B, ready made, about 0.2 GB each",
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     edition, tokenizer = EDITIONS[args.type], Tokenizer.gpt2()
     tokenizer_file = args.output / TOKENIZER_FILE
     shards, note = ShardFolder(args.output, edition.name), ""
-    with new_folder(args.output):
+    with new_folder(args.output), shards.claimed():
         check_replaceable((), tuple(tokenizer.contents(tokenizer_file)))
         if args.shards:
             _fetch_shards(shards, edition.shards, args.shards)
@@ -108,15 +113,15 @@ def _tokenise(
     else:
         sample = SAMPLES[args.size or "10B"]
         wanted = {"repository": edition.text, "folder": sample.folder}
-    record = shards.find_record(wanted, shard_size)
-    if record is None:
-        record = Record.of_none(wanted if args.input else _describe_remote(**wanted), shard_size)
-    if record.complete:
+    manifest = shards.find_manifest(wanted, shard_size)
+    if manifest is None:
+        manifest = Manifest.empty(wanted if args.input else _describe_remote(**wanted), shard_size)
+    if manifest.complete:
         return "all of it was there already"
-    if record.shards:
-        print(f"{shards.path(record.shards - 1)}: is there, going on after it", file=sys.stderr)
-    source = _local(shards, record, paths) if args.input else _remote(shards, record, sample)
-    write_shards(shards, record, source, tokenizer, args.workers)
+    if manifest.shards:
+        print(f"{shards.path(manifest.shards - 1)}: is there, going on after it", file=sys.stderr)
+    source = _local(shards, manifest, paths) if args.input else _remote(shards, manifest, sample)
+    write_shards(shards, manifest, source, tokenizer, args.workers)
     return ""
 
 
@@ -131,15 +136,18 @@ def _local_files(folder: Path) -> list[Path]:
 
 
 def _describe_local(paths: Sequence[Path]) -> dict:
-    """What tells these files from others."""
-    found = ((path.name, path.stat()) for path in paths)
-    return {"files": [[name, status.st_size, status.st_mtime_ns] for name, status in found]}
+    """What tells these files from others, after they were copied too: names, sizes, a sample of what is in them."""
+    files = []
+    for path in paths:
+        with open_regular(path) as file:
+            files.append([path.name, file_size(file), sha256_of_sample(file)])
+    return {"files": files}
 
 
-def _local(shards: ShardFolder, record: Record, paths: list[Path]) -> Source:
-    sizes = [size for _, size, _ in record.source["files"]]
+def _local(shards: ShardFolder, manifest: Manifest, paths: list[Path]) -> Source:
+    sizes = [size for _, size, _ in manifest.source["files"]]
     # A token, 2 bytes, takes 4.5 bytes of text, and 3 in the hub's Parquet files.
-    _check_space({shards.folder: sum(sizes[record.place.file :]) * 2 // 5})
+    _check_space({shards.folder: sum(sizes[manifest.place.file :]) * 2 // 5})
     return Source(sizes, paths.__getitem__)
 
 
@@ -152,19 +160,19 @@ def _describe_remote(repository: str, folder: str) -> dict:
     return {"repository": repository, "folder": folder, "revision": revision, "files": files}
 
 
-def _remote(shards: ShardFolder, record: Record, sample: Sample) -> Source:
-    repository, revision = record.source["repository"], record.source.get("revision")
+def _remote(shards: ShardFolder, manifest: Manifest, sample: Sample) -> Source:
+    repository, revision = manifest.source["repository"], manifest.source.get("revision")
     import_parquet(repository)  # before gigabytes are fetched
     try:
-        files = [hub.RemoteFile(name, size) for name, size in record.source["files"]]
+        files = [hub.RemoteFile(name, size) for name, size in manifest.source["files"]]
     except (KeyError, TypeError, ValueError):
         files = []
     right = all(type(name) is str and type(size) is int and size >= 0 for name, size in files)
     if not isinstance(revision, str) or not files or not right:
-        raise ValueError(f"{shards.record_path}: does not say of which files the shards are made; {shards.otherwise}")
+        raise ValueError(f"{shards.manifest_path}: does not say of which files the shards are made; {shards.otherwise}")
     sizes = [file.size for file in files]
-    cache, missing = hub.missing_in_cache(repository, files[record.place.file :], revision, OTHERWISE)
-    left = sum(sizes[record.place.file :]) / max(1, sum(sizes))
+    cache, missing = hub.missing_in_cache(repository, files[manifest.place.file :], revision, OTHERWISE)
+    left = sum(sizes[manifest.place.file :]) / max(1, sum(sizes))
     _check_space({shards.folder: int(2 * sample.num_tokens * left), cache: sum(file.size for file in missing)})
     return Source(sizes, lambda file: hub.fetch_file(repository, files[file].name, revision, OTHERWISE))
 
@@ -173,9 +181,9 @@ def _remote(shards: ShardFolder, record: Record, sample: Sample) -> Source:
 
 
 def _fetch_shards(shards: ShardFolder, repository: str, count: int) -> None:
-    """Fetch the shard that is held out and `count` others, but for those that are there."""
-    if shards.record_path.exists():
-        raise ValueError(f"{shards.record_path}: the shards here are made of something else; {shards.otherwise}")
+    """Fetch the validation shard and `count` training shards, but for those that are there."""
+    if shards.manifest_path.exists():
+        raise ValueError(f"{shards.manifest_path}: the shards here are made of something else; {shards.otherwise}")
     otherwise = "leave out --shards to make them from the text"
     revision, found = hub.list_dataset(repository, None, otherwise)
     sizes = dict(found)
@@ -183,6 +191,9 @@ def _fetch_shards(shards: ShardFolder, repository: str, count: int) -> None:
     if missing := [path.name for path in paths if path.name not in sizes]:
         raise ValueError(f"{repository}: has no {missing[0]}; ask for fewer with --shards")
     check_replaceable(paths)
+    for path in shards.paths():
+        if path.stat().st_size != sizes.get(path.name):
+            raise ValueError(f"{path}: is not the file of that name in {repository}; {shards.otherwise}")
     paths = [path for path in paths if not path.exists()]
     _check_space({shards.folder: sum(sizes[path.name] for path in paths)})
     for path in paths:

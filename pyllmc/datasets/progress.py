@@ -1,7 +1,7 @@
 """How far the reading or loading of a large file is: a bar on a terminal, elsewhere a line on stderr every ten seconds.
 
 Called by download.py, text.py, shards.py, tinystories.py, hellaswag.py and evaluate.py; calls tqdm and, for the
-figures, logs.py.
+figures, figures.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from ..logs import format_bytes, format_count, format_duration, format_share
+from ..figures import format_bytes, format_count, format_duration, format_share
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,7 +28,7 @@ class Progress:
         self._first = 0
         self._bar: tqdm | None = None
         if sys.stderr is not None and sys.stderr.isatty():
-            tqdm.monitor_interval = 0  # as in logs.py: its thread has nothing to do here
+            tqdm.monitor_interval = 0  # as in console.py: its thread has nothing to do here
             size = shutil.get_terminal_size()
             self._bar = tqdm(
                 total=total, desc=label, unit=f" {unit}" if unit else "B", unit_scale=True, leave=False, delay=0.5,
