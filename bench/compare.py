@@ -4,16 +4,18 @@
     python bench/compare.py --json                               all of it, into bench/results/
     python bench/compare.py --only attention,classifier --rounds 50 --details
     python bench/compare.py --from bench/results/FILE.json       the table again
+    python bench/compare.py --device cuda --json                 on a GPU
 
 Each contestant is a run of pytest-benchmark in a process of its own, see turns.py; suite.py lists what is played,
 contestants.py who plays. The JSON is pytest-benchmark's, the records of all contestants in one list. Beyond it: in
 extra_info the contestant, its flops and bytes, `figures` (what a probe measured in each round), `peak_rss` (bytes of a
-process that did nothing else), and beside the benchmarks `errors`, a list of (contestant, benchmark, why).
+process that did nothing else), `device_bytes` (a GPU's), and beside the benchmarks `errors`, a list of (contestant,
+benchmark, why), and `too_large`, the same of steps for which a GPU's memory did not suffice. With --json the results
+so far are written after each benchmark.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -33,32 +35,45 @@ import suite  # noqa: E402
 import targets  # noqa: E402
 import turns  # noqa: E402
 from llmc_program import Program  # noqa: E402
+from rows import figure  # noqa: E402
+
+from pyllmc import cli  # noqa: E402
 
 # A benchmark of which all rounds would take longer than this gets fewer of them, but never fewer than a third.
-BUDGET_SECONDS = {"full": 90.0, "quick": 6.0, "tiny": 5.0}
-ROUNDS = {"full": 30, "quick": 10, "tiny": 2}
+BUDGET_SECONDS = {"full": 90.0, "quick": 6.0, "tiny": 5.0, "cuda": 4.0, "cuda-tiny": 5.0}
+ROUNDS = {"full": 30, "quick": 10, "tiny": 2, "cuda": 10, "cuda-tiny": 2}
 # A shared machine changes its state for minutes at a time, so the rounds of a benchmark are spread over sweeps through
 # all of them. One that is over its budget lasts minutes by itself, and is played in the first sweep only.
-SWEEPS = {"full": 3, "quick": 2, "tiny": 1}
+SWEEPS = {"full": 3, "quick": 2, "tiny": 1, "cuda": 1, "cuda-tiny": 1}
 MEMORY_GROUPS = ("long",)
+OUT_OF_MEMORY = re.compile(r"(MemoryError|OutOfMemoryError|AcceleratorError.*out of memory)")
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__.partition("\n")[0])
+    parser = cli.ArgumentParser(prog="bench/compare.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 30, 10 with --quick)")
     parser.add_argument("--sweeps", type=int, help="in how many parts, minutes apart (default: 3, 2 with --quick)")
     parser.add_argument("--only", default="", metavar="GROUP,...", help="some groups; unknown names list all of them")
     parser.add_argument("--contestants", default="", metavar="NAME,...", help="some of them (default: all there are)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
-    parser.add_argument("--quick", action="store_const", dest="suite", const="quick", default="full",
-                        help="fewer shapes and rounds")  # fmt: skip
-    parser.add_argument("--suite", choices=("full", "quick", "tiny"), help="which table of suite.py (default: full)")
+    parser.add_argument("--device", choices=tuple(suite.SUITES), default="cpu", help="where (default: cpu)")
+    parser.add_argument("--quick", action="store_const", dest="suite", const="quick",
+                        help="fewer shapes and rounds, on the CPU")  # fmt: skip
+    parser.add_argument("--suite", metavar="NAME", help="which table of suite.py (default: full; cuda on a GPU)")
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the results (bench/results/...)")
     parser.add_argument("--from", dest="source", metavar="FILE", help="play nothing, print the table of these results")
     parser.add_argument("--details", action="store_true", help="print every benchmark too")
     parser.add_argument("--llmc", metavar="PATH", help="llm.c's train_gpt2, with gpt2_124M.bin and its data beside it")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="for one answer of a contestant")
     args = parser.parse_args(argv)
+    args.suite = args.suite or suite.SUITES[args.device][0]
+    if args.suite not in suite.SUITES[args.device]:
+        there = ", ".join(suite.SUITES[args.device])
+        parser.error(f"--suite: no {args.suite} for --device {args.device}; there are {there}")
+    if args.device not in contestants.backends() and not args.source:
+        from pyllmc import _cuda
+
+        parser.error(f"--device {args.device}: {_cuda.REASON}")
     args.only = [name for name in args.only.split(",") if name]
     unknown = set(args.only) - set(suite.groups(args.suite))
     if unknown:
@@ -76,12 +91,15 @@ def parse_arguments(argv=None):
 
 
 class Match:
-    """All players, the benchmarks in order, and what came of them: a record for each contestant of a benchmark."""
+    """All players, the benchmarks in order, and what came of them: a record for each contestant of a benchmark.
 
-    def __init__(self, args):
-        self.args = args
+    `progress` is called after each benchmark.
+    """
+
+    def __init__(self, args, progress=lambda match: None):
+        self.args, self.progress = args, progress
         self.entries = [e for e in suite.benchmarks(args.suite) if not args.only or e.group in args.only]
-        self.records, self.errors = [], []
+        self.records, self.errors, self.too_large = [], [], []
         self.players = []
 
     def play(self):
@@ -101,6 +119,7 @@ class Match:
                     more.append(entry)
                 where = f"[{sweep + 1}: {number}/{len(entries)}, {time.monotonic() - start:.0f} s]"
                 print(where, f"{entry.name}: {line}", file=sys.stderr, flush=True)
+                self.progress(self)
         finally:
             while self.players:
                 self.players.pop().finish()
@@ -127,6 +146,9 @@ class Match:
             return action(*arguments)
         except turns.Failed as error:
             why = str(error)
+            if "cuda" in self.args.suite and OUT_OF_MEMORY.match(why):
+                self.too_large.append((player.name, what, why))
+                return None
         except turns.Gone as error:
             why = str(error)
             self.players.remove(player)
@@ -137,8 +159,18 @@ class Match:
 
     def _play(self, entry):
         """What the contestants reached, and whether all rounds have been played."""
+        players = [player for player in self.players if entry.name in player.names and self._may_fit(player, entry)]
+        parts = [self._play_together(entry, some) for some in ([[p] for p in players] if entry.alone else [players])]
+        return ", ".join(word for best, _ in parts for word in best), all(whole for _, whole in parts)
+
+    def _may_fit(self, player, entry):
+        """Not where the same step of fewer sequences did not: the entries of a group are in order of their size."""
+        groups = [what.partition(":")[0] for name, what, _ in self.too_large if name == player.name]
+        return entry.group not in groups
+
+    def _play_together(self, entry, players):
         seconds = {}
-        for player in [player for player in self.players if entry.name in player.names]:
+        for player in players:
             taken = self._attempt(player, entry.name, player.prepare, entry.name)
             if taken is not None:
                 seconds[player] = taken
@@ -156,8 +188,8 @@ class Match:
         for player in playing:
             record = self._attempt(player, entry.name, player.end)
             if record is not None:
-                best.append(f"{player.name} {targets.figure(self._add(record))}")
-        return ", ".join(best), whole
+                best.append(f"{player.name} {figure(self._add(record))}")
+        return best, whole
 
     def _add(self, record):
         """Joins a record with that of the sweeps before; returns the whole."""
@@ -206,22 +238,32 @@ def begin(player, rounds):
     return True
 
 
-def results(match):
-    """The merged JSON."""
+def description(threads):
+    """Of machine and commit, as pytest-benchmark has it."""
     from pytest_benchmark import __version__, plugin, utils
 
-    info = plugin.pytest_benchmark_generate_machine_info()
-    info["pyllmc"] = probes.machine(match.args.threads)
-    return {
-        "machine_info": info, "commit_info": utils.get_commit_info(), "benchmarks": match.records,
-        "datetime": datetime.now(UTC).isoformat(), "version": __version__,
-        "suite": match.args.suite, "errors": match.errors,
+    info = plugin.pytest_benchmark_generate_machine_info() | {"pyllmc": probes.machine(threads)}
+    return {"machine_info": info, "commit_info": utils.get_commit_info(), "version": __version__}
+
+
+def results(match, described):
+    """The merged JSON."""
+    return described | {
+        "benchmarks": match.records, "datetime": datetime.now(UTC).isoformat(),
+        "suite": match.args.suite, "errors": match.errors, "too_large": match.too_large,
     }  # fmt: skip
 
 
 def default_path(data):
-    machine = re.sub(r"[^A-Za-z0-9]+", "-", data["machine_info"]["pyllmc"]["processor"]).strip("-").lower()
-    return BENCH / "results" / f"{machine}-{date.today().isoformat()}.json"
+    machine = data["machine_info"]["pyllmc"]
+    name = machine["gpu"]["name"] if data["suite"] in suite.SUITES["cuda"] else machine["processor"]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    return BENCH / "results" / f"{name}-{date.today().isoformat()}.json"
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv=None):
@@ -229,15 +271,19 @@ def main(argv=None):
     if args.source:
         data = json.loads(Path(args.source).read_text(encoding="utf-8"))
     else:
-        match = Match(args)
+        described = description(args.threads)
+
+        def keep(match):
+            if args.json:
+                write(Path(args.json), results(match, described))
+
+        match = Match(args, keep)
         match.play()
         match.measure_memory()
         # Through JSON, so that a run and its file give the same table.
-        data = json.loads(json.dumps(results(match)))
+        data = json.loads(json.dumps(results(match, described)))
     if args.json is not None:
-        path = Path(args.json) if args.json else default_path(data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write(Path(args.json) if args.json else default_path(data), data)
     print(targets.table(data, details=args.details))
     return 0 if data["benchmarks"] else 1
 

@@ -3,12 +3,19 @@
 cpu, cuda        pyllmc's backends, as far as this machine has them
 cpu-1t           the CPU backend on one thread
 cpu-products     the CPU backend's bare products, which the classifier is held to
+cuda-first       the CUDA backend with the algorithms that the library thinks fastest, instead of timed ones
+cuda-128M, ...   the CUDA backend with chunks of so many bytes of logits in the classifier
 numpy, torch, torch-compile, transformers       the peers, as far as they are installed
+torch-graphs     PyTorch compiled with CUDA graphs, its mode reduce-overhead
 fma, fma-1t, copy, read, update                 the probes of probes.py
+gemm, device-copy                               those of a GPU
 llmc             llm.c's CPU program, where compare.py is told of one; not run by pytest
+
+What is for a GPU (Benchmark.on_gpu), PyTorch does there too, in bfloat16.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +30,12 @@ import probes
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_THREAD = "-1t"
-PEERS = {"numpy": "numpy", "torch": "torch", "torch-compile": "torch", "transformers": "transformers"}
+PEERS = {"numpy": "numpy", "torch": "torch", "torch-compile": "torch", "torch-graphs": "torch",
+         "transformers": "transformers"}  # fmt: skip
 OTHER_WAYS = ("cpu-1t", "cpu-products")
+# The CUDA backend, and how each contestant has its matrix products done.
+CUDA_WAYS = {"cuda": {"autotune": True}, "cuda-first": {"autotune": False}}
+CUDA_WAYS |= {f"cuda-{mib}M": {"autotune": True, "logits_bytes": mib * 2**20} for mib in (128, 256, 512, 1024)}
 
 # How long a waiting thread spins before it sleeps: about 3 ms for GNU's OpenMP and OpenBLAS (2^23 cycles), 4 ms for
 # LLVM's. Their own choices are 10, 25 and 200 ms and cost nothing but the wait at the end of a turn, see turns.py. Far
@@ -32,6 +43,12 @@ OTHER_WAYS = ("cpu-1t", "cpu-products")
 # call after call, 70 us each; at 100,000 it is as fast as with its own choice.
 SPINNING = {"GOMP_SPINCOUNT": "100000", "OPENBLAS_THREAD_TIMEOUT": "23", "KMP_BLOCKTIME": "4"}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+# A round on the CPU is a loop of so many seconds; before it, untimed, the threads wake up and the caches fill. A GPU
+# that waited for its turn needs longer, until its clocks are up.
+ROUND_SECONDS, WAKE_SECONDS = 0.005, 0.002
+GPU_ROUND_SECONDS, GPU_WAKE_SECONDS = 0.02, 0.03
+LONG_CALL_SECONDS = 0.02
 
 
 @dataclass
@@ -41,8 +58,19 @@ class Work:
     call: Callable[[], object]
     flops: int = 0
     bytes: int = 0
-    finish: Callable[[], None] | None = None  # waits for an accelerator
+    finish: Callable[[], None] | None = None  # waits for a GPU
     unit: str | None = None  # of a probe, whose call returns the figure itself
+    device_bytes: int | None = None  # of a GPU's memory that it holds, arrays for the length of a call included
+
+    @property
+    def round_seconds(self):
+        return ROUND_SECONDS if self.finish is None else GPU_ROUND_SECONDS
+
+    def wake_seconds(self, call_seconds):
+        """How long it works before a round of calls that take so long."""
+        if self.finish is not None:
+            return GPU_WAKE_SECONDS
+        return WAKE_SECONDS if call_seconds < LONG_CALL_SECONDS else 0.0
 
     def run(self, loops=1):
         for _ in range(loops):
@@ -63,11 +91,12 @@ def installed():
     found = [name for name, module in PEERS.items() if find_spec(module)]
     if "torch" not in found and "transformers" in found:
         found.remove("transformers")
-    return [*backends(), *OTHER_WAYS, *found, *probes.PROBES, "fma-1t"]
+    on_gpu = [*list(CUDA_WAYS)[1:], *probes.GPU_PROBES] if "cuda" in backends() else []
+    return [*backends(), *OTHER_WAYS, *found, *probes.PROBES, "fma-1t", *on_gpu]
 
 
 def takes_part(name, benchmark):
-    return name in benchmark.others or name in backends()
+    return name in benchmark.others or name in benchmark.backends
 
 
 def threads_of(name, threads):
@@ -91,44 +120,118 @@ def prepare(name, benchmark, threads):
     kind = name.removesuffix(ONE_THREAD)
     if kind in probes.PROBES:
         return Work(probes.make(kind, threads_of(name, threads)), unit=probes.PROBES[kind])
+    if kind in probes.GPU_PROBES:
+        return Work(probes.make_for_gpu(kind, benchmark.probe_size), unit=probes.GPU_PROBES[kind])
     if kind.startswith("torch") or kind == "transformers":
         import torch
 
         torch.set_num_threads(threads)
+    if kind in CUDA_WAYS:
+        _backend("cuda").product_options(**CUDA_WAYS[kind])
     if benchmark.is_model:
         return _prepare_model(kind, benchmark)
     call = make_call(benchmark.case)
-    if kind in PEERS:
-        return Work({"numpy": peers.numpy_op, "torch": peers.torch_op}[kind](call), call.flops, call.bytes)
+    if kind == "numpy":
+        return Work(peers.numpy_op(call), call.flops, call.num_bytes())
+    if kind == "torch":
+        return _prepare_torch_op(call, benchmark.on_gpu)
     if kind == "cpu-products":
         return _bare_products(call)
     return _prepare_op(kind, call)
 
 
+def release(name):
+    """Gives the GPU's memory of a benchmark that is over back, for the other contestants."""
+    if name in CUDA_WAYS or name in probes.GPU_PROBES:
+        _backend("cuda").release_cache()
+    elif "torch" in sys.modules:
+        import torch
+
+        if "torch._dynamo" in sys.modules:  # what it compiled refers to arrays of its own
+            torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def torch_device():
+    """Where PyTorch does what is for a GPU: there, or for the tests' small sizes on the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _prepare_model(kind, benchmark):
     what, sizes = benchmark.what, dict(benchmark.sizes)
-    ours = kind in backends()
-    call = models.make(what, sizes, "pyllmc" if ours else kind, _backend(kind) if ours else None)
-    return Work(call, models.flops(what, sizes), models.num_bytes(what, sizes))
+    flops, num_bytes = models.flops(what, sizes), models.num_bytes(what, sizes)
+    if kind in CUDA_WAYS:
+        ops = _backend("cuda")
+        return _on_gpu(lambda: models.make(what, sizes, "pyllmc", ops), flops, num_bytes, ops.synchronize, _free_bytes)
+    if kind == "cpu":
+        return Work(models.make(what, sizes, "pyllmc", _backend("cpu")), flops, num_bytes)
+    if not benchmark.on_gpu:
+        return Work(models.make(what, sizes, kind), flops, num_bytes)
+    import torch
+
+    device = torch_device()
+    if device == "cpu":
+        return Work(models.make(what, sizes, kind, device), flops, num_bytes)
+
+    def free_bytes():
+        return torch.cuda.mem_get_info()[0]
+
+    return _on_gpu(lambda: models.make(what, sizes, kind, device), flops, num_bytes, torch.cuda.synchronize, free_bytes)
+
+
+def _free_bytes():
+    return _backend("cuda").device()["free"]
+
+
+def _on_gpu(make, flops, num_bytes, finish, free_bytes):
+    """A model's Work on a GPU. All others sleep, so what is less free after a first call is its own."""
+    finish()
+    before = free_bytes()
+    work = Work(make(), flops, num_bytes, finish)
+    work.run()
+    work.device_bytes = before - free_bytes()
+    return work
+
+
+def _prepare_torch_op(call, on_gpu):
+    if not on_gpu:
+        return Work(peers.torch_op(call), call.flops, call.num_bytes())
+    import torch
+
+    device = torch_device()
+    # What an op of PyTorch allocates is there, and is this.
+    torch.set_default_device(device)
+    torch.set_default_dtype(torch.bfloat16)
+    finish = torch.cuda.synchronize if device == "cuda" else None
+    return Work(peers.torch_op(call, device, torch.bfloat16), call.flops, call.num_bytes(2), finish)
 
 
 def _prepare_op(kind, call):
     """One call with its outputs given and all arrays the backend's own, as the model makes it."""
-    ops = _backend(kind)
-    inputs = {k: _own(ops, v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
-    outputs = {k: ops.empty(shape) for k, shape in call.outputs.items()}
-    finish = None if kind == "cpu" else ops.synchronize
-    return Work(partial(getattr(ops, call.op), **inputs, **outputs), call.flops, call.bytes, finish)
+    ops = _backend("cpu" if kind == "cpu" else "cuda")
 
+    def own(name, array):
+        integers = array.dtype == np.int32
+        return ops.from_host(array, out=ops.empty(array.shape, "int32" if integers else own_type(name)))
 
-def _own(ops, array):
-    return ops.from_host(array, out=ops.empty(array.shape, array.dtype))
+    def own_type(name):
+        return "wide" if cases.is_wide(call.op, name) else None
+
+    inputs = {k: own(k, v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
+    outputs = {k: ops.empty(shape, own_type(k)) for k, shape in call.outputs.items()}
+    work = partial(getattr(ops, call.op), **inputs, **outputs)
+    if kind == "cpu":
+        return Work(work, call.flops, call.num_bytes())
+    return Work(work, call.flops, call.num_bytes(2), ops.synchronize)
 
 
 def _bare_products(call):
     """The three products of the LM head at once, with all logits in memory and no loss between them."""
     ops = _backend("cpu")
-    inputs = {k: _own(ops, v) if isinstance(v, np.ndarray) else v for k, v in call.inputs.items()}
+    inputs = {k: ops.from_host(v, out=ops.empty(v.shape, v.dtype)) if isinstance(v, np.ndarray) else v
+              for k, v in call.inputs.items()}  # fmt: skip
     weight = inputs["weight"][: inputs["vocab_size"]]
     logits = ops.empty((*inputs["inp"].shape[:-1], weight.shape[0]))
     dinp, dweight = ops.empty(inputs["inp"].shape), ops.empty(weight.shape)

@@ -1,11 +1,14 @@
 """Whole models, as pyllmc, PyTorch and transformers run them: a training step, generation, the reading of a prompt.
 
-`make(what, sizes, contestant, ops)` gives a function without arguments; all of them start from pyllmc's initial
+`make(what, sizes, contestant, on)` gives a function without arguments; all of them start from pyllmc's initial
 weights, so that losses and generated tokens can be compared. `flops` and `num_bytes` say what the work takes.
 """
 
+import contextlib
 import subprocess
 import sys
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -43,16 +46,25 @@ def num_bytes(what, sizes):
     return weights * sizes.get("new", 1)
 
 
-def make(what, sizes, contestant, ops=None):
-    """contestant: "pyllmc" with its backend module, "torch", "torch-compile", "transformers", "numpy"."""
-    return _MAKERS[what, contestant](sizes, ops)
+def make(what, sizes, contestant, on=None):
+    """contestant: "pyllmc" on its backend module; "torch", "torch-compile", "torch-graphs" on a device, with a step in
+    mixed precision, or None for float32 on the CPU; "transformers", "numpy"."""
+    return _MAKERS[what, contestant](sizes, on)
 
 
-def _weights(sizes):
+def _weights(sizes, on_gpu=False):
+    """On a GPU models have copies, so those of the last one serve the next: for the largest they take half a minute."""
+    config = config_of(sizes)
+    return config, (_kept_weights if on_gpu else _new_weights)(config)
+
+
+def _new_weights(config):
     from pyllmc.model import initial_parameters
 
-    config = config_of(sizes)
-    return config, initial_parameters(config)
+    return initial_parameters(config)
+
+
+_kept_weights = lru_cache(maxsize=1)(_new_weights)
 
 
 def _tokens(sizes):
@@ -64,50 +76,60 @@ def _tokens(sizes):
 
 
 def _pyllmc_step(sizes, ops):
+    from pyllmc import backend
     from pyllmc.model import GPT2
     from pyllmc.optimizer import AdamW
 
-    config, flat = _weights(sizes)
-    model = GPT2(config, ops=ops, params=flat)
+    config, flat = _weights(sizes, on_gpu=ops is not backend("cpu"))
+    model = GPT2(config, ops=ops, params=flat, recompute=sizes.get("recompute", 0))
     optimizer = AdamW(model, learning_rate=1e-4, weight_decay=0.1)
     tokens = _tokens(sizes)
-    inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    inputs, targets = (ops.from_host(np.ascontiguousarray(part)) for part in (tokens[:, :-1], tokens[:, 1:]))
 
     def step():
         loss = model.forward_backward(inputs, targets)
         optimizer.step()
         model.zero_grad()
-        return float(loss)
+        return loss  # fetched, it would stop a GPU
 
     return step
 
 
-def _torch_step(sizes, ops, compiled=False):
+def _torch_step(sizes, device, options=None):
+    """`options` are torch.compile's; None does not compile. On a device it is PyTorch at its fastest: the vocabulary
+    padded, products and attention in bfloat16, the rest in float32, with TF32."""
     import torch
     import torch_reference
 
-    config, flat = _weights(sizes)
-    model = torch_reference.TorchGPT2(config, flat)
+    config, flat = _weights(sizes, on_gpu=device is not None)
+    if device is not None:
+        config = replace(config, vocab_size=config.padded_vocab_size)
+        torch.set_float32_matmul_precision("high")
+    model = torch_reference.TorchGPT2(config, flat).to(device or "cpu")
     del flat
     optimizer = torch_reference.make_optimizer(model, 1e-4, weight_decay=0.1)
     for group in optimizer.param_groups:  # its fastest: one pass over all streams
         group["fused"] = True
-    forward = torch.compile(model) if compiled else model
-    tokens = torch.from_numpy(_tokens(sizes)).long()
+
+    def loss_of(inputs, targets):  # without the logits, which a compiled function would have to keep for its caller
+        return model(inputs, targets)[1]
+
+    # Without `dynamic=False` the second shape of a process would be compiled for all shapes.
+    forward = loss_of if options is None else torch.compile(loss_of, dynamic=False, **options)
+    tokens = torch.from_numpy(_tokens(sizes)).long().to(device or "cpu")
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step():
-        _, loss = forward(inputs, targets)
+        if options:
+            torch.compiler.cudagraph_mark_step_begin()  # the last loss may be written over
+        with contextlib.nullcontext() if device is None else torch.autocast(device, dtype=torch.bfloat16):
+            loss = forward(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step
-
-
-def _torch_compiled_step(sizes, ops):
-    return _torch_step(sizes, ops, compiled=True)
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -208,7 +230,8 @@ _PYLLMC_IMPORT = "import numpy, pyllmc; pyllmc.GPT2, pyllmc.AdamW, pyllmc.ops, p
 _MAKERS = {
     ("step", "pyllmc"): _pyllmc_step,
     ("step", "torch"): _torch_step,
-    ("step", "torch-compile"): _torch_compiled_step,
+    ("step", "torch-compile"): partial(_torch_step, options={}),
+    ("step", "torch-graphs"): partial(_torch_step, options={"mode": "reduce-overhead"}),
     ("generate", "pyllmc"): _pyllmc_generate,
     ("generate", "transformers"): _transformers_generate,
     ("prefill", "pyllmc"): _pyllmc_prefill,

@@ -8,6 +8,7 @@ peer's own backward kernels, autograd only where it has no other door. test_peer
 
 import math
 
+import cases
 import numpy as np
 
 # ---- NumPy: its BLAS, so the products alone -------------------------------------------------------------------------
@@ -59,16 +60,18 @@ def has_torch(case):
     return case.op in _TORCH
 
 
-def torch_op(call):
+def torch_op(call, device="cpu", dtype=None):
+    """dtype: of all floats that are not wide; the caller makes device and dtype PyTorch's default too."""
     import torch
 
-    def tensor(value):
+    def tensor(name, value):
         if not isinstance(value, np.ndarray):
             return value
-        converted = torch.from_numpy(value)
-        return converted.long() if value.dtype == np.int32 else converted
+        if value.dtype == np.int32:
+            return torch.from_numpy(value).long().to(device)
+        return torch.from_numpy(value).to(device, torch.float32 if cases.is_wide(call.op, name) else dtype)
 
-    return _TORCH[call.op](torch, {name: tensor(value) for name, value in call.inputs.items()}, call.outputs)
+    return _TORCH[call.op](torch, {name: tensor(name, value) for name, value in call.inputs.items()}, call.outputs)
 
 
 def _encoder_forward(torch, x, outputs):
@@ -232,7 +235,7 @@ def _adamw_update(torch, x, outputs):
         [param], lr=x["learning_rate"], betas=(x["beta1"], x["beta2"]), eps=x["eps"],
         weight_decay=x["weight_decay"], fused=True,
     )  # fmt: skip
-    step = torch.tensor(float(x["step"] - 1))
+    step = torch.tensor(float(x["step"] - 1), dtype=torch.float32)
     optimizer.state[param] = {"step": step, "exp_avg": x["m"], "exp_avg_sq": x["v"]}
 
     def update():

@@ -6,7 +6,10 @@
     update    GB/s of AdamW's seven streams: three arrays read and written in place, one read
 
 The memory loops are NumPy's in threads (it lets go of the interpreter's lock for large arrays), over arrays far beyond
-the caches. Each call takes some milliseconds and returns the figure itself.
+the caches. Each call takes some milliseconds and returns the figure itself. On a GPU:
+
+    gemm            GFLOP/s of a product of two square matrices of random bfloat16, cuBLASLt's fastest algorithm
+    device-copy     GB/s, bytes read plus written, of a copy within its memory
 """
 
 import platform
@@ -19,7 +22,8 @@ from functools import partial
 import numpy as np
 
 PROBES = {"fma": "GFLOP/s", "copy": "GB/s", "read": "GB/s", "update": "GB/s"}
-FMA_SECONDS = 0.01
+GPU_PROBES = {"gemm": "GFLOP/s", "device-copy": "GB/s"}
+FMA_SECONDS, GPU_SECONDS = 0.01, 0.02
 ARRAY_BYTES = 128 * 2**20
 # Floats of one NumPy call: long enough for the call itself not to count.
 PIECE, LONG_PIECE = 2**17, 2**22
@@ -98,15 +102,53 @@ def _update(team, size):
 _MEMORY = {"copy": _copy, "read": _read, "update": _update}
 
 
+# ---- a GPU's ---------------------------------------------------------------------------------------------------------
+
+
+def make_for_gpu(name, size):
+    """The same on a GPU; size: rows of the matrices, whose elements times 4 are those of the array that is copied."""
+    from pyllmc import backend
+
+    ops = backend("cuda")
+    values = np.random.default_rng(0).standard_normal(2**20 + 1, dtype=np.float32)
+    if name == "gemm":
+        ops.product_options(autotune=True)
+        left, right = (ops.from_host(np.resize(part, (size, size))) for part in (values, values[::-1]))
+        out, amount = ops.empty((size, size)), 2 * size**3
+        call = partial(ops.matmul_forward, left, right, out=out)
+    else:
+        source = ops.from_host(np.resize(values, (4 * size, size)))
+        target, amount = ops.empty(source.shape), 2 * source.nbytes
+        call = partial(ops.from_host, source, out=target)
+    seconds = _seconds_of(call, 1, ops)
+    loops = max(1, int(GPU_SECONDS / _seconds_of(call, max(1, int(GPU_SECONDS / seconds)), ops)))
+
+    def measure():
+        _seconds_of(call, loops, ops)  # the clocks rise
+        return amount / _seconds_of(call, loops, ops) / 1e9
+
+    return measure
+
+
+def _seconds_of(call, loops, ops):
+    """Of one of so many calls."""
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    ops.synchronize()
+    return (time.perf_counter() - start) / loops
+
+
 def machine(threads=None):
-    """What every figure must be read with: processor, instruction set, threads, compiler, and the roofs now."""
-    from pyllmc import backend, hardware
+    """What every figure must be read with: processor, instruction set, threads, compiler, the roofs now, the GPU."""
+    from pyllmc import _cuda, backend, hardware
 
     cpu = backend("cpu")
+    gpu = backend("cuda").device() | {"library": backend("cuda").algorithms()["library"]} if _cuda.AVAILABLE else None
     threads = threads or cpu.get_num_threads()
     return {
         "processor": hardware.cpu_name(), "isa": cpu.NAME, "openmp": cpu.OPENMP, "threads": threads,
-        "compiler": compiler(), "numpy": np.__version__, "peak_gflops": cpu.fma_peak(0.5),
+        "compiler": compiler(), "numpy": np.__version__, "gpu": gpu, "peak_gflops": cpu.fma_peak(0.5),
         **{f"{name}_gbytes_per_second": max(map(_figure, [make(name, threads)] * 5)) for name in _MEMORY},
     }  # fmt: skip
 

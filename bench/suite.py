@@ -1,18 +1,20 @@
-"""The tables of what is measured: `benchmarks(suite)` for the suites "gpt2", "full", "quick" and "tiny".
+"""The tables of what is measured: `benchmarks(suite)` for the suites of SUITES.
 
 A benchmark is an op of tests/cases.py or something a whole model does (models.py), with its sizes, the peers that
 have a counterpart, and the probes whose roof it is held to. "gpt2" is what `python -m pytest bench` times: every op
-call of a training step, and the step. The others are what compare.py plays: "full" has a row for each target of
-targets.py, "quick" fewer shapes, "tiny" toy sizes of all of them for the tests.
+call of a training step, and the step. The others are what compare.py plays, on the CPU or on a GPU: "full" and "cuda"
+have a row for each target of targets.py and targets_cuda.py, "quick" fewer shapes, "tiny" and "cuda-tiny" toy sizes of
+all of them for the tests.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cases
 import models
 import peers
 
-SUITES = ("gpt2", "full", "quick", "tiny")
+# The suites that compare.py plays on a device, the first of them unless it is told otherwise.
+SUITES = {"cpu": ("full", "quick", "tiny"), "cuda": ("cuda", "cuda-tiny")}
 VOCAB, PADDED_VOCAB = 50257, 50304
 
 
@@ -24,6 +26,9 @@ class Benchmark:
     what: str  # an op, or one of models.MODELS
     sizes: tuple[tuple[str, object], ...]
     others: tuple[str, ...] = ()  # contestants beside the backends: peers, probes, pyllmc in another way
+    backends: tuple[str, ...] = ("cpu",)
+    alone: bool = False  # one contestant after the other, because together their arrays do not fit
+    probe_size: int = 0  # of a GPU's probes, see probes.py
 
     @property
     def name(self):
@@ -37,13 +42,18 @@ class Benchmark:
     def is_model(self):
         return self.what in models.MODELS
 
+    @property
+    def on_gpu(self):
+        """Whether all of it is for a GPU: then peers are there too, in bfloat16."""
+        return self.backends == ("cuda",)
+
 
 def benchmarks(suite, batch=4, context=64, tiny=False):
     """The list of a suite, in the order in which it is played; batch, context and tiny are those of "gpt2"."""
     if suite == "gpt2":
         return _gpt2(batch, context, tiny)
-    build = {"full": _FULL, "quick": _QUICK, "tiny": _TINY}[suite]
-    return [benchmark for group in _GROUPS for benchmark in group(build)]
+    size = {"full": _FULL, "quick": _QUICK, "tiny": _TINY, "cuda": _CUDA, "cuda-tiny": _CUDA_TINY}[suite]
+    return [benchmark for group in (_CUDA_GROUPS if suite in SUITES["cuda"] else _GROUPS) for benchmark in group(size)]
 
 
 def groups(suite):
@@ -58,10 +68,10 @@ def _gpt2(batch, context, tiny):
     found = []
     for case in cases.gpt2_cases(batch, context, **sizes):
         others = tuple(name for name, has in (("numpy", peers.has_numpy), ("torch", peers.has_torch)) if has(case))
-        found.append(Benchmark("gpt2", case.op, case.sizes, others))
+        found.append(Benchmark("gpt2", case.op, case.sizes, others, ("cpu", "cuda")))
     model = _model(2, 4, 64, 97, 64) if tiny else _GPT2
-    found.append(_benchmark("gpt2", "step", model | {"B": batch, "T": context}, "torch"))
-    return found
+    step = _benchmark("gpt2", "step", model | {"B": batch, "T": context}, "torch")
+    return [*found, replace(step, backends=("cpu", "cuda"))]
 
 
 def _benchmark(group, what, sizes, *others):
@@ -164,3 +174,82 @@ def _models(size):
 
 
 _GROUPS = (_products, _attention, _cached, _uncached, _classifier, _models)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+# `batches`: of the smaller model's step, and those of them that PyTorch does, which compiles each for a minute;
+# `recomputing`: two, of which the difference says what a sequence takes; `large_batches`: of the largest model's step.
+# `leading`: sequences and tokens of the ops.
+_CUDA = {
+    "model": _GPT2, "context": 1024, "batches": (4, 8, 16, 32, 64, 128, 256, 384), "torch_batches": (4, 64),
+    "recomputing": (32, 64), "large": _model(48, 25, 1600, VOCAB, 1024), "large_batches": (16, 32, 48, 64),
+    "leading": (64, 1024), "width": 768, "vocab": VOCAB, "parameters": 124_000_000,
+    "product_leading": (16, 1024), "attention": ((32, 1024, 12), (8, 1024, 32)), "probe": 8192,
+}  # fmt: skip
+_CUDA_TINY = {
+    "model": _TOY, "context": 16, "batches": (2, 4), "torch_batches": (2,), "recomputing": (2, 4), "large": _TOY,
+    "large_batches": (2,), "leading": (2, 16), "width": 16, "vocab": 97, "parameters": 4096,
+    "product_leading": (2, 8), "attention": ((1, 64, 1),), "probe": 64,
+}  # fmt: skip
+# With more sequences than this the arrays of two contestants need not fit beside each other.
+TOGETHER = 64
+# llm.c's default, and what the figures of memory are held to.
+RECOMPUTE = 1
+
+
+def _on_gpu(size, group, what, sizes, *others, alone=False):
+    others += () if what in models.MODELS else ("gemm", "device-copy")
+    return Benchmark(group, what, tuple(sizes.items()), others, ("cuda",), alone, size["probe"])
+
+
+def _gpu_steps(size):
+    for B in size["batches"]:
+        peers_of_it = ("torch-compile",) if B in size["torch_batches"] else ()
+        peers_of_it += ("torch-graphs",) if B == min(size["batches"]) else ()
+        sizes = size["model"] | {"B": B, "T": size["context"]}
+        yield _on_gpu(size, "gpu-step", "step", sizes, *peers_of_it, alone=B > TOGETHER)
+    for B in size["recomputing"]:
+        yield _on_gpu(size, "gpu-recompute", "step", size["model"] | _recomputing(size, B))
+
+
+def _recomputing(size, B):
+    return {"B": B, "T": size["context"], "recompute": RECOMPUTE}
+
+
+def _gpu_attention(size):
+    for B, T, NH in size["attention"]:
+        for op in ("attention_forward", "attention_backward"):
+            yield _on_gpu(size, "gpu-attention", op, {"B": B, "T": T, "NH": NH, "HS": 64}, "torch")
+
+
+def _gpu_memory(size):
+    for op, sizes, _ in _elementwise(size, size["leading"], size["parameters"]):
+        yield _on_gpu(size, "gpu-memory", op, sizes | ({"master": True} if op == "adamw_update" else {}))
+
+
+def _gpu_products(size):
+    """The linear layers as the model calls them, without the bias's gradient too; with the library's first algorithm
+    beside the fastest."""
+    C, leading = size["width"], size["product_leading"]
+    layers = ((C, 3 * C, {}), (C, C, {"residual": True}), (C, 4 * C, {"gelu": True}), (4 * C, C, {"residual": True}))
+    for inputs, outputs, options in layers:
+        sizes = {"leading": leading, "C": inputs, "OC": outputs}
+        yield _on_gpu(size, "gpu-products", "matmul_forward", sizes | options, "torch", "cuda-first")
+        backward = sizes | ({"gelu": True} if inputs == 4 * C else {})
+        yield _on_gpu(size, "gpu-products", "matmul_backward", backward, "torch", "cuda-first")
+        yield _on_gpu(size, "gpu-products", "matmul_backward", backward | {"bias": False}, "cuda-first")
+    # GELU as a kernel of its own, for what it costs where it is not part of the product.
+    yield _on_gpu(size, "gpu-products", "matmul_forward", {"leading": leading, "C": C, "OC": 4 * C}, "cuda-first")
+    yield _on_gpu(size, "gpu-products", "gelu_forward", {"shape": (*leading, 4 * C)})
+    sizes = {"leading": leading, "C": C, "V": size["vocab"], "Vp": -(-size["vocab"] // 128) * 128}
+    chunks = ("cuda-128M", "cuda-256M", "cuda-512M", "cuda-1024M")
+    yield _on_gpu(size, "gpu-classifier", "classifier_forward_backward", sizes, *chunks)
+
+
+def _gpu_large(size):
+    for B in size["large_batches"]:
+        yield _on_gpu(size, "gpu-large", "step", size["large"] | _recomputing(size, B), alone=True)
+
+
+_CUDA_GROUPS = (_gpu_steps, _gpu_attention, _gpu_memory, _gpu_large, _gpu_products)

@@ -34,6 +34,8 @@ def test_benchmark(benchmark, entry, contestant, threads, seat):
             contestant=contestant, benchmark=entry.name, group=entry.group, what=entry.what, sizes=dict(entry.sizes),
             flops=work.flops, bytes=work.bytes,
         )  # fmt: skip
+        if work.device_bytes is not None:
+            benchmark.extra_info["device_bytes"] = work.device_bytes
         if work.unit is not None:
             benchmark.extra_info.update(unit=work.unit, figures=figures)
         elif benchmark.stats is not None:  # not with --benchmark-disable
@@ -42,10 +44,10 @@ def test_benchmark(benchmark, entry, contestant, threads, seat):
             benchmark.extra_info["gbytes_per_second"] = work.bytes / seconds / 1e9
 
     if seat is not None:
-        seat.play(benchmark, entry.name, make_work, describe)
+        seat.play(benchmark, entry.name, make_work, describe, functools.partial(contestants.release, contestant))
         return
     work = make_work()
     benchmark(work.run)
     describe(work, [])
-    if "gflops" in benchmark.extra_info:
+    if "gflops" in benchmark.extra_info and contestant not in contestants.CUDA_WAYS:
         benchmark.extra_info["share_of_peak"] = benchmark.extra_info["gflops"] / peak_gflops()

@@ -62,7 +62,7 @@ def model_results(what, group):
 
 
 def test_steps_have_the_same_losses():
-    losses = [[step() for _ in range(3)] for step in model_results("step", "step")]
+    losses = [[float(step()) for _ in range(3)] for step in model_results("step", "step")]
     assert losses[0][0] > losses[0][2]
     for others in losses[1:]:
         np.testing.assert_allclose(others, losses[0], rtol=1e-5)

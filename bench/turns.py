@@ -26,9 +26,6 @@ import tempfile
 import time
 from pathlib import Path
 
-# A round of short calls loops so long; before it, untimed, the threads wake up and the caches fill.
-ROUND_SECONDS, WAKE_SECONDS = 0.005, 0.002
-LONG_CALL_SECONDS = 0.02
 BENCH = Path(__file__).resolve().parent
 
 
@@ -66,8 +63,9 @@ class Seat:
             raise RuntimeError(f"expected {key!r} from the coordinator, got {message}")
         return message[key]
 
-    def play(self, benchmark, name, make_work, report):
-        """Times the work with benchmark.pedantic, a round for each turn; report(work, figures) fills extra_info.
+    def play(self, benchmark, name, make_work, report, release):
+        """Times the work with benchmark.pedantic, a round for each turn; report(work, figures) fills extra_info, and
+        release() is called when the work is no more.
 
         Does nothing while another benchmark, further on in this process's list, is asked for.
         """
@@ -78,6 +76,7 @@ class Seat:
         try:
             record = self._play(benchmark, make_work(), report)
             gc.collect()
+            release()
             fall_asleep()
             self.say(record=record)
         except Exception as error:
@@ -85,6 +84,7 @@ class Seat:
             message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             error.__traceback__ = None
             gc.collect()
+            release()
             self.say(failed=message)
             raise
 
@@ -99,11 +99,9 @@ class Seat:
             # pedantic knows no setup with several iterations, so the loop is in run; its statistics are told.
             benchmark.stats.iterations = loops
             self.wait("go")
-            stop = time.perf_counter() + WAKE_SECONDS
-            while seconds < LONG_CALL_SECONDS and work.unit is None:
+            stop = time.perf_counter() + work.wake_seconds(seconds)
+            while work.unit is None and time.perf_counter() < stop:
                 work.run()
-                if time.perf_counter() > stop:
-                    break
 
         def run():
             result = work.run(loops)
@@ -145,10 +143,10 @@ def _calibrate(work):
             work.run(loops)
             taken = time.perf_counter() - start
             best = taken if best is None else min(best, taken)
-            if taken > ROUND_SECONDS:
+            if taken > work.round_seconds:
                 break
-        if best > ROUND_SECONDS / 10:
-            return best / loops, max(1, round(loops * ROUND_SECONDS / best))
+        if best > work.round_seconds / 10:
+            return best / loops, max(1, round(loops * work.round_seconds / best))
         loops *= 8
 
 

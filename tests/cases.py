@@ -6,7 +6,7 @@ out) come from the reference, so an op is tested alone. Calls reference.py; call
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import reference
@@ -14,6 +14,10 @@ import reference
 # Around the widths of a vector (4, 8, 16) and of a tile: every dimension of every op takes each of these once.
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65)
 PARAMETER_GRADIENTS = frozenset({"dwte", "dwpe", "dweight", "dbias"})
+
+# What every backend keeps in float32, whatever the type of its other floats: statistics, losses, the optimizer's state.
+WIDE = frozenset({"mean", "rstd", "lse", "losses", "dlosses", "m", "v", "master"})
+WIDE_RESULTS = frozenset({"global_norm", "mean_loss"})
 
 # (output, input) pairs that may be the identical array; any other overlap is an error.
 ALIASES = {
@@ -28,6 +32,11 @@ ALIASES = {
     "crossentropy_backward": {("dlogits", "logits")},
     "classifier_forward_backward": {("dinp", "inp")},
 }
+
+
+def is_wide(op, name):
+    """Whether this argument of an op is float32 on every backend."""
+    return name in WIDE or (name == "out" and op in WIDE_RESULTS)
 
 
 @dataclass(frozen=True)
@@ -54,19 +63,25 @@ class Call:
     outputs: dict[str, tuple[int, ...]]
     flops: int  # a multiply-add is 2; exp, tanh, log, sqrt and divisions are 1 each
     in_place: tuple[str, ...] = ()  # inputs that the op writes
-    bytes_read: int | None = None  # where less than the whole inputs is read
+    elements_read: dict[str, int] = field(default_factory=dict)  # of inputs that are not read whole
 
     @property
     def arrays(self):
         """The inputs that are arrays."""
         return {name: value for name, value in self.inputs.items() if isinstance(value, np.ndarray)}
 
-    @property
-    def bytes(self):
-        """Memory traffic if every input is read once and every output written once."""
-        read = sum(array.nbytes for array in self.arrays.values()) if self.bytes_read is None else self.bytes_read
-        written = sum(4 * math.prod(shape) for shape in self.outputs.values())
-        return read + written + sum(self.inputs[name].nbytes for name in self.in_place)
+    def num_bytes(self, float_bytes=4):
+        """Memory traffic if every input is read once and every output written once; `float_bytes` is the size of the
+        floats that are not wide."""
+        sizes = {name: array.size for name, array in self.arrays.items()}
+        read, written = sizes | self.elements_read, {name: math.prod(shape) for name, shape in self.outputs.items()}
+        written |= {name: sizes[name] for name in self.in_place}
+        integers = {name for name, array in self.arrays.items() if array.dtype == np.int32}
+
+        def width(name):
+            return 4 if name in integers or is_wide(self.op, name) else float_bytes
+
+        return sum(count * width(name) for counts in (read, written) for name, count in counts.items())
 
 
 def make(case, seed=0):
@@ -112,15 +127,15 @@ def _saved(op, *inputs, **options):
 
 def encoder_forward(rng, B, T, C, V, maxT):
     inputs = {"tokens": rng.tokens((B, T), V), "wte": rng.normal(V, C), "wpe": rng.normal(maxT, C)}
-    N = B * T
-    return {"inputs": inputs, "outputs": {"out": (B, T, C)}, "flops": N * C, "bytes_read": 4 * (N + N * C + T * C)}
+    read = {"wte": B * T * C, "wpe": T * C}
+    return {"inputs": inputs, "outputs": {"out": (B, T, C)}, "flops": B * T * C, "elements_read": read}
 
 
 def encoder_backward(rng, B, T, C, V, maxT):
     forward = encoder_forward(rng, B, T, C, V, maxT)["inputs"]
     inputs = {"dout": rng.normal(B, T, C), **forward}
     outputs = {"dwte": (V, C), "dwpe": (maxT, C)}
-    return {"inputs": inputs, "outputs": outputs, "flops": 2 * B * T * C, "bytes_read": 4 * B * T * (C + 1)}
+    return {"inputs": inputs, "outputs": outputs, "flops": 2 * B * T * C, "elements_read": {"wte": 0, "wpe": 0}}
 
 
 def layernorm_forward(rng, leading, C, residual=False):
@@ -264,16 +279,19 @@ def global_norm(rng, shape):
     return {"inputs": {"array": rng.normal(*shape)}, "outputs": {"out": ()}, "flops": 2 * math.prod(shape)}
 
 
-def adamw_update(rng, shape, step=1, weight_decay=0.1, grad_scale=1.0):
+def adamw_update(rng, shape, step=1, weight_decay=0.1, grad_scale=1.0, master=False):
     arrays = {"param": rng.normal(*shape), "grad": rng.normal(*shape), "m": rng.normal(*shape, scale=0.1)}
     arrays["v"] = rng.positive(*shape, scale=0.01)
     numbers = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     numbers |= {"weight_decay": weight_decay, "step": step, "grad_scale": grad_scale}
+    if master:
+        arrays["master"] = arrays["param"].copy()
     return {
         "inputs": arrays | numbers,
         "outputs": {},
         "flops": 16 * math.prod(shape),
-        "in_place": ("param", "m", "v"),
+        "in_place": ("param", "m", "v", *(["master"] if master else [])),
+        "elements_read": {"param": 0} if master else {},  # the master is read in its place
     }
 
 

@@ -5,6 +5,7 @@ a skipped test with the reason, never as a silent pass.
 `op_set` is all of these and the device backends behind NumPy arrays (on_device.py), for what every backend has to do.
 `device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU.
 `in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.
+`--device cuda` runs what one device backend has to do and nothing else, and fails where that cannot run.
 """
 
 import contextlib
@@ -18,6 +19,27 @@ import shim
 from on_device import OnDevice
 
 DEVICES = ("cuda_shim", "cuda")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=DEVICES, help="only the tests of this device backend, which has to be there")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--device", None)
+    if wanted is None:
+        return
+    of = [getattr(item, "callspec", None) for item in items]
+    chosen = [spec is not None and wanted in (spec.params.get("device"), spec.params.get("op_set")) for spec in of]
+    config.hook.pytest_deselected(items=[item for item, keep in zip(items, chosen) if not keep])
+    items[:] = [item for item, keep in zip(items, chosen) if keep]
+
+
+def pytest_configure(config):
+    if config.getoption("--device", None) == "cuda":
+        cuda = importlib.import_module("pyllmc._cuda")
+        if not cuda.AVAILABLE:
+            raise pytest.UsageError(f"--device cuda: {cuda.REASON}")
 
 
 def pytest_generate_tests(metafunc):

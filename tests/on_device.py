@@ -8,14 +8,12 @@ by conftest.py and the tests of the CUDA backend.
 import functools
 import inspect
 
+import cases
 import numpy as np
 import pytest
 
 GUARD = 64  # elements before and after each array; a multiple of 16 bytes in every type
 SENTINEL = -12288.0  # exact in every type
-# float32 whatever the type of the others
-FLOAT32 = {"mean", "rstd", "lse", "losses", "dlosses", "m", "v", "master"}
-FLOAT32_OUT = {"global_norm", "mean_loss"}
 IN_PLACE = {"param", "m", "v", "master", "key_cache", "value_cache"}
 # Keyword-only arrays are outputs, but for these.
 INPUTS = {
@@ -54,7 +52,7 @@ class OnDevice:
         """What an array of this name becomes on the device."""
         if array.dtype == np.int32:
             return "int32"
-        return "float32" if name in FLOAT32 or (name == "out" and op in FLOAT32_OUT) else self.dtype
+        return "float32" if cases.is_wide(op, name) else self.dtype
 
     def upload(self, array, dtype):
         """(buffer with guard bands, the array within it)"""

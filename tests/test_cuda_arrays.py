@@ -127,6 +127,9 @@ def test_freed_memory_is_used_again(device):
     for _ in range(10):
         device.empty((1 << 20,))
     assert device.device()["free"] == before["free"] and before["cached"] >= 4 << 20
+    device.release_cache()
+    after = device.device()
+    assert after["cached"] == 0 and after["free"] >= before["free"] + (4 << 20)
 
 
 def test_host_arrays_are_refused(device):

@@ -11,8 +11,11 @@ import cases
 import numpy as np
 import pytest
 import shim
+import smallest
 from on_device import OnDevice
 from test_cuda_ops import check, some
+
+from pyllmc import _cuda
 
 # A barrier whose absence no case can show, with the reason. None so far.
 UNNOTICED = {}
@@ -117,3 +120,35 @@ def test_sanitizers_find_nothing(cuda_shim):
         done = subprocess.run([sys.executable, *words], **here, env=environment, stdout=subprocess.PIPE)
         assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
+
+
+# ---- what bench/gpu_check.sh runs ------------------------------------------------------------------------------------
+
+
+def test_the_smallest_cases_run(device):
+    """Under compute-sanitizer on a GPU; here so that they cannot rot."""
+    assert smallest.run(device) == len(cases.CASES)
+    for op in cases.CASES:
+        few, more = (cases.make(case).num_bytes() for case in smallest.chosen(op))
+        assert few < more
+
+
+def pytest_with(*options):
+    environment = os.environ | {"PYTHONPATH": str(shim.ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *options]
+    files = [str(shim.ROOT / "tests" / name) for name in ("test_cuda_arrays.py", "test_ops.py")]
+    return subprocess.run([*command, *files], env=environment, cwd=shim.ROOT, capture_output=True, text=True)
+
+
+def test_a_device_is_tested_alone_where_it_is_asked_for():
+    done = pytest_with("--device", "cuda_shim")
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    assert {test.partition("::")[0] for test in tests} == {"tests/test_cuda_arrays.py", "tests/test_ops.py"}
+    assert all("cuda_shim" in test for test in tests)
+
+
+def test_a_device_that_is_asked_for_has_to_be_there():
+    if _cuda.AVAILABLE:
+        pytest.skip("there is a GPU")
+    done = pytest_with("--device", "cuda")
+    assert done.returncode == 4 and f"ERROR: --device cuda: {_cuda.REASON}" in done.stderr

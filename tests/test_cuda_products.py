@@ -6,7 +6,6 @@ each algorithm.
 """
 
 import ctypes
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,7 +18,6 @@ import shim
 from on_device import OnDevice
 from test_cuda_ops import bf16, check
 
-from pyllmc import GPT2Config
 from pyllmc._cuda import libraries
 
 BIAS, GELU, DGELU, BGRADB = 4, 32, 64, 512  # bits of the library's epilogues
@@ -331,19 +329,3 @@ def test_wheels_are_found_where_python_imports_from(monkeypatch, tmp_path):
     (tmp_path / "nvidia" / "cublas" / "lib").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert tmp_path / "nvidia" in libraries._wheel_folders()
-
-
-# ---- the benchmark ---------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_runs(cuda, capsys):
-    path = shim.ROOT / "bench" / "cuda_products.py"
-    spec = importlib.util.spec_from_file_location("bench_cuda_products", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    config = GPT2Config(num_layers=1, num_heads=1, channels=16, vocab_size=61, max_seq_len=8)
-    results = bench.measure(cuda.op_set("bfloat16"), config, 2, 8, 1e-4)
-    names = [row["name"] for row in results]
-    assert names[:2] == ["qkv forward", "qkv backward"] and names[-1] == "head, 1024 MiB of logits"
-    assert all(row["fastest"] > 0 for row in results)
-    assert "qkv backward, adding" in capsys.readouterr().out

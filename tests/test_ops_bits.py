@@ -19,7 +19,7 @@ from pyllmc._ops import isa
 def odd_and_largest(op):
     """Two cases: an odd one and the one with the most work, which many threads share."""
     calls = {case: cases.make(case) for case in cases.CASES[op]}
-    return [cases.CASES[op][6], max(calls, key=lambda case: (calls[case].flops, calls[case].bytes))]
+    return [cases.CASES[op][6], max(calls, key=lambda case: (calls[case].flops, calls[case].num_bytes()))]
 
 
 CASES = [case for op in cases.CASES for case in odd_and_largest(op)]

@@ -74,4 +74,22 @@ def test_every_case_gives_the_outputs_of_the_reference():
         call = cases.make(case)
         known = inspect.signature(getattr(reference, case.op)).parameters
         assert set(call.inputs) | set(call.outputs) <= set(known), str(case)
-        assert call.flops >= 0 and call.bytes > 0
+        assert call.flops >= 0 and call.num_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "expected", "in_bfloat16"),
+    [
+        ("gelu_backward", {"shape": (10,)}, 3 * 40, 3 * 20),
+        ("layernorm_forward", {"leading": (2,), "C": 8}, 2 * 64 + 2 * 32 + 2 * 8, 2 * 32 + 2 * 16 + 2 * 8),
+        # Of the tables, only the rows that are looked up are read; all of the gradient is written.
+        ("encoder_forward", {"B": 2, "T": 3, "C": 8, "V": 99, "maxT": 9}, 24 + 4 * (48 + 24 + 48), 24 + 2 * (120)),
+        ("encoder_backward", {"B": 2, "T": 3, "C": 8, "V": 99, "maxT": 9}, 24 + 4 * (48 + 792 + 72), 24 + 2 * (912)),
+        ("adamw_update", {"shape": (10,)}, 7 * 40, 3 * 20 + 4 * 40),
+        ("adamw_update", {"shape": (10,), "master": True}, 8 * 40, 2 * 20 + 6 * 40),
+    ],
+    ids=str,
+)
+def test_what_must_be_moved_is_counted_once(op, sizes, expected, in_bfloat16):
+    call = cases.make(cases.Case(op, tuple(sizes.items())))
+    assert (call.num_bytes(), call.num_bytes(2)) == (expected, in_bfloat16)

@@ -55,6 +55,26 @@ def test_packaged_recipes_are_whole(name):
     assert recipe.keys() >= {"batch_size", "max_steps", "learning_rate", "schedule", "seed", "val_every"}
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens", "warmup_steps_peak"),
+    [
+        ("gpt2_124M", 124_439_808, 9.9e9, (700, 6e-4)),
+        ("gpt2_350M", 354_823_168, 31.5e9, (700, 3e-4)),
+        ("gpt2_774M", 774_030_080, 150e9, (700, 2.5e-4)),
+        ("gpt2_1558M", 1_557_611_200, 33.6e9, (700, 6e-4)),
+        ("gpt3_125M", 125_226_240, 300e9, (700, 6e-4)),
+    ],
+)
+def test_llmc_s_runs_are_recipes(name, parameters, tokens, warmup_steps_peak):
+    values = with_defaults(**settings.load_recipe(name))
+    config = GPT2Config.from_descriptor(values.init)
+    assert config.num_parameters == parameters and values.seq_len == config.max_seq_len
+    assert values.total_batch_size % (values.batch_size * values.seq_len) == 0
+    assert values.total_batch_size * values.max_steps == pytest.approx(tokens, rel=0.01)
+    assert (values.warmup, values.learning_rate) == warmup_steps_peak
+    assert (values.weight_decay, values.beta2, values.grad_clip, values.schedule) == (0.1, 0.95, 1.0, "cosine")
+
+
 def test_every_setting_is_an_option_with_help():
     parser = cli.ArgumentParser()
     settings.add_options(parser, settings.base_settings({}))

@@ -32,6 +32,7 @@ int compute_capability();           // 90
 bool is_shim();                     // whether this is the build for machines without a GPU
 void memory_info(size_t* free_bytes, size_t* total_bytes);
 size_t cached_bytes();              // freed by Python, kept for the next allocation
+void release_cache();               // gives these back to the device
 void* allocate(size_t bytes);       // 256-byte aligned, contents undefined; OutOfMemory says asked and free
 void release(void* data) noexcept;  // back to the cache; what the stream still does with it comes first
 void to_device(void* device, const void* host, size_t bytes);  // the host memory may change when this returns

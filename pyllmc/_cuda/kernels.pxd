@@ -19,6 +19,7 @@ cdef extern from "kernels.h" namespace "pyllmc" nogil:
     bint is_shim() except +
     void memory_info(size_t* free_bytes, size_t* total_bytes) except +
     size_t cached_bytes() except +
+    void release_cache() except +
     void* allocate(size_t bytes) except +
     void release(void* data)
     void to_device(void* device, const void* host, size_t bytes) except +

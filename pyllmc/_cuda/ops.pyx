@@ -53,6 +53,11 @@ def device():
             "memory": total_bytes, "free": free_bytes, "cached": kernels.cached_bytes()}
 
 
+def release_cache():
+    """Give memory that is kept for the next arrays back to the device, for other processes; waits for all ops."""
+    kernels.release_cache()
+
+
 def op_set(dtype):
     """The ops as a module whose float is `dtype`, "bfloat16" or "float32": what empty, zeros and from_host make.
 

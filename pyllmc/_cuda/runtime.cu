@@ -134,6 +134,11 @@ size_t cached_bytes() {
     return cache().bytes;
 }
 
+void release_cache() {
+    const std::lock_guard<std::mutex> lock(cache().mutex);
+    cache().empty();
+}
+
 void* allocate(size_t bytes) {
     const size_t step = bytes <= SMALL ? SMALL_STEP : LARGE_STEP;
     if (bytes > SIZE_MAX / 2) throw OutOfMemory("out of GPU memory: no size is that large");

@@ -1,14 +1,21 @@
-"""The CUDA backend's bfloat16 attention against PyTorch's: at most twice as far from the exact result.
+"""The CUDA backend's bfloat16 attention against PyTorch's, at most twice as far from the exact result; and ten steps.
 
-PyTorch's is the textbook computation, every intermediate in bfloat16. The rule is that of the FlashAttention
-repository's own tests. Needs torch; runs on the kernels as plain C++ and, with a GPU, on the real ones.
+PyTorch's attention is the textbook computation, every intermediate in bfloat16. The rule is that of the FlashAttention
+repository's own tests. The steps are those of bench/parity.py, of a small model. Needs torch; runs on the kernels as
+plain C++ and, with a GPU, on the real ones.
 """
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 from on_device import OnDevice
 from test_cuda_ops import bf16
+
+from pyllmc import GPT2Config
+from pyllmc.model import initial_parameters
 
 torch = pytest.importorskip("torch")
 
@@ -45,3 +52,20 @@ def test_error_is_at_most_twice_that_of_the_textbook(device, T, HS, spread):
         error, allowed = np.abs(mine - right).max(), 2 * np.abs(other - right).max()
         assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
         assert np.square(mine - right).mean() <= 4 * np.square(other - right).mean(), name
+
+
+def test_ten_steps_are_those_of_pytorch(device, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+    monkeypatch.delitem(sys.modules, "parity", raising=False)
+    import parity
+
+    config = GPT2Config(num_layers=2, num_heads=2, channels=32, vocab_size=61, max_seq_len=24)
+    inputs, targets = np.random.default_rng(0).integers(0, config.vocab_size, (2, 3, 17), dtype=np.int32)
+    before = device.product_options()["tf32"]
+    losses = parity.measure(device, config, initial_parameters(config), inputs, targets, "cpu")
+    lines, differs, within = parity.report(losses)
+    assert within and 0 < differs["float32"] < 1e-5 < differs["bfloat16"] and len(lines) == parity.STEPS + 2
+    assert losses["torch"][0] > losses["torch"][-1] and before == device.product_options()["tf32"]
+    for wrong in (losses["float32"][3] + 2 * parity.FLOAT32_BOUND, float("nan")):
+        other = {**losses, "float32": [*losses["float32"][:3], wrong, *losses["float32"][4:]]}
+        assert not parity.report(other)[2]
