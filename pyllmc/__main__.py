@@ -79,7 +79,7 @@ def _cuda() -> str:
 
     if not _cuda.AVAILABLE:
         return f"no: {_cuda.REASON}"
-    gpu = _cuda.device()
+    gpu = backend("cuda").device()
     capability = "{}.{}".format(*divmod(gpu["capability"], 10))
     return f"available: {gpu['name']}, compute capability {capability}, {format_bytes(gpu['free'])} free"
 

@@ -1,12 +1,13 @@
 """The one place where a backend is chosen: `backend("cpu")`, `backend("cuda")` or `backend("auto")`.
 
 A backend is a module that exports the op set: pyllmc._ops on the CPU, pyllmc._cuda on NVIDIA GPUs. Called by model.py,
-ops.py, hardware.py, prepare.py, verify.py and __main__.py.
+ops.py, devices.py, hardware.py, modelfile.py, statefile.py and __main__.py.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +15,22 @@ from types import ModuleType
 BACKENDS = ("auto", "cpu", "cuda")
 
 
-def backend(name: str = "auto") -> ModuleType:
-    """The op module of this name; "auto" is CUDA where it can run, else the CPU.
+def backend(name: str = "auto", dtype: str = "bfloat16") -> ModuleType:
+    """The op module of this name; "auto" is CUDA where it can run, else the CPU. PYLLMC_DEVICE in the environment says
+    what "auto" is instead. `dtype` is the float of new arrays on a GPU, "bfloat16" or "float32"; on the CPU that is
+    always float32.
 
     ValueError for an unknown name, or for "cuda" where there is none, with the reason; ImportError in a source tree
     whose extensions were not built.
     """
+    if name == "auto":
+        name = os.environ.get("PYLLMC_DEVICE", "") or name
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
     if name != "cpu":
         cuda = importlib.import_module("pyllmc._cuda")
         if cuda.AVAILABLE:
-            return cuda
+            return cuda.op_set(dtype)
         if name == "cuda":
             raise ValueError(f"the CUDA backend is not available: {cuda.REASON}")
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .files import atomic_write, open_regular, sha256_of
-from .modelfile import read_header
+from .modelfile import read_header, read_model
 from .statefile import TrainingState, check_state, read_state, write_state
 
 MANIFEST_VERSION = 1
@@ -66,10 +66,15 @@ def save_checkpoint(folder, step: int, model, optimizer, loader=None, extra: dic
             Checkpoint(Path(folder), other).remove()
     if checkpoint.done_path.exists():
         raise ValueError(f"{checkpoint.done_path}: step {step} has a checkpoint already; remove it first")
-    model.save(checkpoint.model_path)
-    to_host = model.ops.to_host
+    to_host, master = model.ops.to_host, optimizer.master
+    # bfloat16 loses nothing of parameters that are bfloat16.
+    model.save(checkpoint.model_path, "float32" if master is None else "bfloat16")
     state = TrainingState(
-        step, to_host(optimizer.m), to_host(optimizer.v), loader=None if loader is None else loader.state_dict()
+        step,
+        to_host(optimizer.m),
+        to_host(optimizer.v),
+        loader=None if loader is None else loader.state_dict(),
+        masters=None if master is None else to_host(master),
     )
     write_state(checkpoint.state_path, state)
     files = {
@@ -97,10 +102,14 @@ def load_checkpoint(checkpoint: Checkpoint, optimizer, loader=None) -> dict:
             loader.load_state_dict(state.loader)
         except ValueError as error:
             raise ValueError(f"{checkpoint.state_path}: {error}") from None
-    if state.masters is not None:
-        # What llm.c trained in bfloat16 goes on from its float32 masters.
-        optimizer.model.flat_params[:] = optimizer.model.ops.from_host(state.masters)
-    optimizer.load_state(state.step, state.m, state.v)
+    model, masters = optimizer.model, state.masters
+    if masters is not None and optimizer.master is None:
+        # What was trained in bfloat16 goes on in float32 from its masters.
+        model.ops.from_host(masters, out=model.flat_params)
+    elif masters is None and optimizer.master is not None:
+        # What was trained in float32 goes on in bfloat16, of which its parameters become the masters.
+        _, masters = read_model(checkpoint.model_path)
+    optimizer.load_state(state.step, state.m, state.v, masters)
     return checkpoint.extra
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, fields
 
-from .tensors import FLOAT_BYTES, activation_shapes, num_elements, tensor_shapes
+from .tensors import FLOAT_BYTES, STATISTICS, activation_shapes, num_elements, tensor_shapes
 
 # Far above any model that can be trained here, far below what would overflow an int32 or exhaust memory in bookkeeping.
 LIMITS = {
@@ -124,16 +124,24 @@ class GPT2Config:
         """
         return 6 * self.num_parameters_padded + 6 * self.num_layers * self.channels * T
 
-    def activation_bytes(self, B: int, T: int, training: bool = True, recompute: int = 0) -> int:
+    def activation_bytes(
+        self, B: int, T: int, training: bool = True, recompute: int = 0, float_bytes: int = FLOAT_BYTES
+    ) -> int:
         """Bytes of the activations, and of their gradients when training, for a batch of B sequences of T tokens.
 
-        `recompute` is GPT2's; ValueError if it has no such level.
+        `recompute` is GPT2's; ValueError if it has no such level. `float_bytes` are those of a number in what computes,
+        but for statistics.
         """
-        return FLOAT_BYTES * num_elements(activation_shapes(self, B, T, training, recompute))
+        shapes = activation_shapes(self, B, T, training, recompute)
+        wide = num_elements({name: shape for name, shape in shapes.items() if name in STATISTICS})
+        return FLOAT_BYTES * wide + float_bytes * (num_elements(shapes) - wide)
 
-    def training_bytes(self, B: int, T: int, recompute: int = 0) -> int:
-        """Bytes that training holds: parameters, gradients, AdamW's m and v, activations."""
-        return 4 * FLOAT_BYTES * self.num_parameters_padded + self.activation_bytes(B, T, recompute=recompute)
+    def training_bytes(self, B: int, T: int, recompute: int = 0, float_bytes: int = FLOAT_BYTES) -> int:
+        """Bytes that training holds: parameters, gradients, AdamW's m and v, activations; and the parameters once more
+        to full precision where those have less."""
+        state = 2 if float_bytes >= FLOAT_BYTES else 3
+        numbers = (2 * float_bytes + state * FLOAT_BYTES) * self.num_parameters_padded
+        return numbers + self.activation_bytes(B, T, recompute=recompute, float_bytes=float_bytes)
 
 
 def descriptors() -> list[str]:

@@ -19,7 +19,8 @@ from .logs import Update
 
 
 class Pace:
-    """How fast a run goes, also beside the machine's `peak` in GFLOP/s, and from that the time it has left.
+    """How fast a run goes, also beside the machine's `peak` in GFLOP/s if that is known, and from that the time it has
+    left.
 
     The time per step is an exponential average (0.95, corrected for its start as Adam's moments are), without the first
     step, which also makes room for what later ones use; until the second it is what was expected. Validations, samples
@@ -28,7 +29,9 @@ class Pace:
 
     SMOOTHING = 0.95
 
-    def __init__(self, total: int, tokens_per_step: int, flops_per_token: int, expected_seconds: float, peak: float):
+    def __init__(
+        self, total: int, tokens_per_step: int, flops_per_token: int, expected_seconds: float, peak: float | None
+    ):
         self.total = total
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -60,9 +63,9 @@ class Pace:
         return self.tokens_per_step / self.seconds_per_step
 
     @property
-    def share_of_peak(self) -> float:
+    def share_of_peak(self) -> float | None:
         """What the model needs by its formula, per second, as a share of what the machine could do at most."""
-        return self.flops_per_token * self.tokens_per_second / 1e9 / self.peak
+        return None if self.peak is None else self.flops_per_token * self.tokens_per_second / 1e9 / self.peak
 
     def seconds_left(self, done: int) -> float:
         """The time that the steps after `done`, and their pauses, will take."""

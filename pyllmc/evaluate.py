@@ -4,8 +4,8 @@ Both are what a training run reports: the loss is that of its validations with t
 the accuracy that of its HellaSwag lines. The loss is a mean over predictions, each in nats; perplexity is its
 exponential, the number of equally likely tokens that would be as hard to guess among.
 
-Calls generate.py to find the model, model.py, dataloader.py, hellaswag.py, hardware.py, and datasets/progress.py for
-the bar.
+Calls generate.py to find the model, model.py, dataloader.py, hellaswag.py, devices.py, hardware.py, and
+datasets/progress.py for the bar.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli, hardware
+from . import cli, devices, hardware
 from .dataloader import DataLoader
 from .datasets.progress import Progress
 from .generate import find_model
@@ -83,6 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=cli.non_negative_int, default=0, metavar="N", help="CPU threads; 0 takes all there are"
     )
+    devices.add_options(parser)
     args = parser.parse_args(argv)
     if not args.val and not args.hellaswag:
         parser.error("there is nothing to measure with: give --val, --hellaswag or both")
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     path = find_model(args.model)
     hardware.set_threads(args.threads)
-    model = GPT2.from_checkpoint(path)
+    model = GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
     config = model.config
     T = args.seq_len or config.max_seq_len
     if T > config.max_seq_len:

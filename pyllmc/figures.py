@@ -37,8 +37,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
 
 
-def format_share(share: float) -> str:
-    """`41%`, `0.3%`."""
+def format_share(share: float | None) -> str:
+    """`41%`, `0.3%`; `n/a` where it is not known."""
+    if share is None:
+        return "n/a"
     return f"{share:.0%}" if share >= 0.0095 else f"{share:.1%}"
 
 

@@ -9,7 +9,7 @@ Several samples are decoded together, up to GROUP at a time: the weights, which 
 read once for all. Each sample has coins of its own, and the same text in any company.
 
 Called by train.py, and by convert.py and evaluate.py for `find_model`; calls model.py, tokenizer.py, rng.py,
-hardware.py; the program also checkpoint.py and huggingface.py.
+devices.py, hardware.py; the program also checkpoint.py and huggingface.py.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-from . import checkpoint, cli, hardware, huggingface
+from . import checkpoint, cli, devices, hardware, huggingface
 from .config import GPT2Config
 from .model import GPT2, DecodeCache, model_folder, model_format
 from .rng import Xorshift64Star
-from .tensors import FLOAT_BYTES
 from .tokenizer import TokenIds, Tokenizer, find_tokenizer
 
 OUT = Path("out")
 # Samples decoded together. Products of up to so many rows (FEW_ROWS in _ops/gemm.pxi) are computed row by row, so that
-# a sample's logits have the same bits alone and among others; with more rows they differ in the last place.
+# a sample's logits have the same bits alone and among others; with more rows they differ in the last place, as they may
+# on a GPU.
 GROUP = 8
 # The control characters that text is made of; the model's others must not reach the terminal.
 KEPT_CONTROLS = "\n\t"
@@ -117,7 +117,7 @@ def generate_batch(
 ) -> Iterator[list[int]]:
     """As `generate`, for several continuations of `tokens` through one cache: each time, an id for each of `rngs`.
 
-    Up to GROUP of them get the same ids as each would alone.
+    On the CPU up to GROUP of them get the same ids as each would alone.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -177,7 +177,7 @@ def _read(model: GPT2, cache: DecodeCache, reader: DecodeCache, sequences: list[
         rows.append(row)
         if reader is not cache:
             for mine, read in zip(cache.keys + cache.values, reader.keys + reader.values):
-                mine[b] = read[0]
+                model.ops.from_host(read[0], out=mine[b])
     cache.position = reader.position
     return np.stack(rows)
 
@@ -186,12 +186,12 @@ def _cache_length(config: GPT2Config, prompt: int, max_new_tokens: int) -> int:
     return min(config.max_seq_len, prompt + max(max_new_tokens, 0))
 
 
-def _group_size(config: GPT2Config, length: int, num_samples: int) -> int:
+def _group_size(model: GPT2, length: int, num_samples: int) -> int:
     """How many of num_samples to decode together with caches of `length` tokens: what fits in memory, at most GROUP."""
-    group = min(GROUP, num_samples)
-    cache = 2 * FLOAT_BYTES * config.num_layers * length * config.channels
-    reader = cache + config.activation_bytes(1, length, training=False)
-    free = hardware.free_memory()
+    group, config, number = min(GROUP, num_samples), model.config, devices.float_bytes(model.ops)
+    cache = 2 * number * config.num_layers * length * config.channels
+    reader = cache + config.activation_bytes(1, length, training=False, float_bytes=number)
+    free = devices.free_memory(model.ops)
     while group > 1 and free is not None and group * cache + reader > free:
         group -= 1
     return group
@@ -256,7 +256,7 @@ def stream_texts(
     """
     start = _start(model, tokenizer, prompt)
     length = _cache_length(model.config, len(start), max_new_tokens)
-    group = _group_size(model.config, length, num_samples)
+    group = _group_size(model, length, num_samples)
 
     def texts(numbers: range) -> Iterator[Iterator[str]]:
         drawn = generate_batch(
@@ -340,6 +340,7 @@ def parse_arguments(argv: Sequence[str] | None):
     parser.add_argument(
         "--threads", type=cli.non_negative_int, default=0, metavar="N", help="CPU threads; 0 takes all there are"
     )
+    devices.add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise ValueError(f"{error} (the model is {path})") from None
     hardware.set_threads(args.threads)
-    model = GPT2.from_checkpoint(path)
+    model = GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
     if isinstance(tokenizer, TokenIds):
         print("no tokenizer.bin beside it, and not GPT-2's tokens: these are the token ids", file=sys.stderr)

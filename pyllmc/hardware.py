@@ -1,9 +1,9 @@
 """What this machine has: the processor's name and measured peak, its threads, free memory and disk.
 
-Called by prepare.py, train.py, generate.py, evaluate.py, verify.py and __main__.py, which print these figures, set the
-threads and refuse what cannot fit, by model.py, optimizer.py, modelfile.py and statefile.py before they allocate, and
-by the datasets. Reads the operating system's own files; calls figures.py for how sizes are written, and the backend's
-threads and its FMA loop. A figure that this system does not tell is None, never a guess.
+Called by devices.py, prepare.py, train.py, generate.py, evaluate.py, verify.py and __main__.py, which print these
+figures, set the threads and refuse what cannot fit, by model.py, modelfile.py and statefile.py before they allocate,
+and by the datasets. Reads the operating system's own files; calls figures.py for how sizes are written, and the
+backend's threads and its FMA loop. A figure that this system does not tell is None, never a guess.
 """
 
 import contextlib
@@ -109,16 +109,19 @@ def free_memory() -> int | None:
     return max(min(known), 0) if known else None
 
 
-def require_memory(num_bytes: int, what: str, instead: dict[str, int] | None = None) -> None:
-    """MemoryError, before anything is allocated, if `what` needs more memory than is free.
+def require_memory(
+    num_bytes: int, what: str, instead: dict[str, int] | None = None, gpu_free: int | None = None
+) -> None:
+    """MemoryError, before anything is allocated, if `what` needs more memory than is free: on a GPU where `gpu_free`
+    bytes are, else of this machine.
 
     The message has what of `instead`, name -> bytes, would fit.
     """
     if num_bytes < SMALL_BYTES:
         return
-    free = free_memory()
+    free, where = (free_memory(), "") if gpu_free is None else (gpu_free, " on the GPU")
     if free is not None and num_bytes > free:
-        parts = [f"{what} needs {format_bytes(num_bytes)}, {format_bytes(free)} is free"]
+        parts = [f"{what} needs {format_bytes(num_bytes)}, {format_bytes(free)} is free{where}"]
         parts += [f"{name} needs {format_bytes(size)}" for name, size in (instead or {}).items() if size <= free]
         raise MemoryError("; ".join(parts))
 

@@ -89,13 +89,11 @@ FLAGS = {
     "s": Flag(20, "steps between samples of text; 0 means none", "sample_every"),
     "g": Flag(64, "tokens in a sample", "sample_length", _one_less),
     "a": Flag(0, "1 trains on the first batch of -j again and again", "overfit"),
-    "f": Flag(1, "TF32", takes=("0", "1"), because="products are float32 whether TF32 is allowed or not"),
-    "w": Flag(1, "master weights", takes=("0", "1"), because="parameters are float32, so they are their own masters"),
+    "f": Flag(1, "TF32", takes=("0", "1"), because="it is for float32 on a GPU, where numbers are bfloat16"),
+    "w": Flag(1, "master weights", takes=("1",), because="bfloat16 parameters always have float32 masters"),
     "r": Flag(1, "what the backward pass does again, to save memory: 0 nothing, 1 GELU, 2 layernorms too", "recompute"),
-    "ge": Flag(
-        -1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="GELU is always fused, with the same results"
-    ),
-    "lg": Flag(-1, "steps between lines about the GPU", because="they change no result, and there is no GPU"),
+    "ge": Flag(-1, "fusion of GELU", takes=("-1", "0", "1", "2"), because="where GELU is computed changes no result"),
+    "lg": Flag(-1, "steps between lines about the GPU", because="they change no result"),
     "h": Flag(0, "1 measures HellaSwag; -h alone prints this help", "hellaswag", _file_of_hellaswag),
     "sl": Flag(0.0, "z-score of the loss above which an update is skipped; 0 means none", "skip_loss_z"),
     "sg": Flag(0.0, "the same of the gradient's norm", "skip_norm_z"),

@@ -122,8 +122,8 @@ def read_main_log(path: str | os.PathLike) -> dict[str, dict[int, float]]:
 def _whole_lines(path: str | os.PathLike, pattern: re.Pattern) -> Iterator[re.Match]:
     """The lines of a file as matches of the pattern. One without its end is the last of a run that was killed or had no
     more room, and what its last figure would have been is not known: it is none."""
-    with open_regular(path) as file:
-        for line in io.TextIOWrapper(file, encoding="ascii", errors="replace"):
+    with open_regular(path) as file, io.TextIOWrapper(file, encoding="ascii", errors="replace") as lines:
+        for line in lines:
             if line.endswith("\n") and (match := pattern.fullmatch(line.strip())):
                 yield match
 

@@ -2,8 +2,8 @@
 
 The model holds flat buffers cut into named views (tensors.py) and calls the ops of one backend; it never asks which one
 it has, so the float64 reference of the tests runs it too. Called by prepare.py, generate.py, evaluate.py, verify.py,
-hellaswag.py, the training loop and notebooks; calls tensors.py, config.py, rng.py for new weights, modelfile.py and
-huggingface.py for saved ones.
+hellaswag.py, the training loop and notebooks; calls tensors.py, config.py, devices.py, rng.py for new weights,
+modelfile.py and huggingface.py for saved ones.
 
 `GPT2._forward` and `GPT2._backward` are the whole network, the second the first read from the bottom up.
 """
@@ -17,9 +17,10 @@ from types import ModuleType
 
 import numpy as np
 
-from . import huggingface, modelfile
+from . import devices, huggingface, modelfile
 from .backends import backend
 from .config import GPT2Config
+from .devices import float_bytes
 from .hardware import require_memory
 from .rng import TorchGenerator
 from .tensors import (
@@ -44,20 +45,24 @@ class GPT2:
     seed         of the initial weights, which are those torch draws from the same seed
     recompute    what the backward pass computes again instead of keeping it, for less memory and the same bits:
                  0 nothing, 1 the outputs of GELU, 2 those of the layernorms too; may be changed between two calls
-    ops          the backend module that computes; None is `backend("cpu")`
+    device       what computes: "cpu", "cuda" (in bfloat16), or "auto", which is CUDA where it can run
+    ops          the op set that computes, instead of the device's: `backend("cuda", "float32")`
     params       a flat float32 array of all parameters in file order, used instead of initial weights (on the CPU
                  without a copy)
 
     `model.params[name]` and `model.grads[name]` are views of `flat_params` and `flat_grads` by llm.c's names; on the
-    CPU they are NumPy arrays that may be written to. Padding rows of wte belong to no token: they start at zero and get
-    no gradient.
+    CPU they are NumPy arrays that may be written to, on a GPU `model.ops.to_host` fetches them. Padding rows of wte
+    belong to no token: they start at zero and get no gradient.
     """
 
-    def __init__(self, config: GPT2Config, seed: int = 42, *, recompute: int = 0, ops=None, params=None):
+    def __init__(
+        self, config: GPT2Config, seed: int = 42, *, recompute: int = 0, device: str = "cpu", ops=None, params=None
+    ):
         check_recompute(recompute)
         self.config = config
         self.recompute = recompute
-        self.ops = backend("cpu") if ops is None else ops
+        self.ops = backend(device) if ops is None else ops
+        self._float_bytes = float_bytes(self.ops)
         if params is None:
             require_memory(FLOAT_BYTES * config.num_parameters_padded, "the model")
             params = initial_parameters(config, seed)
@@ -71,20 +76,23 @@ class GPT2:
         self._inference: Activations | None = None
 
     @classmethod
-    def from_descriptor(cls, name: str, seed: int = 42, *, recompute: int = 0, ops=None) -> GPT2:
+    def from_descriptor(cls, name: str, seed: int = 42, *, recompute: int = 0, device: str = "cpu", ops=None) -> GPT2:
         """A model of a named size ("d12", "gpt3:c768") with initial weights."""
-        return cls(GPT2Config.from_descriptor(name), seed, recompute=recompute, ops=ops)
+        return cls(GPT2Config.from_descriptor(name), seed, recompute=recompute, device=device, ops=ops)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, *, recompute: int = 0, ops=None) -> GPT2:
+    def from_checkpoint(cls, path: str | os.PathLike, *, recompute: int = 0, device: str = "cpu", ops=None) -> GPT2:
         """The model in a llm.c model file, version 1, 3 or 5, or in the folder of a Hugging Face GPT-2."""
         config, params = model_format(path).read_model(path)
-        return cls(config, recompute=recompute, ops=ops, params=params)
+        return cls(config, recompute=recompute, device=device, ops=ops, params=params)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike, *, recompute: int = 0, ops=None) -> GPT2:
+    def from_pretrained(
+        cls, name_or_folder: str | os.PathLike, *, recompute: int = 0, device: str = "cpu", ops=None
+    ) -> GPT2:
         """The Hugging Face GPT-2 in a folder or, if none has this name, that of the hub: "gpt2", "gpt2-medium", ..."""
-        return cls.from_checkpoint(huggingface.find_folder(name_or_folder), recompute=recompute, ops=ops)
+        folder = huggingface.find_folder(name_or_folder)
+        return cls.from_checkpoint(folder, recompute=recompute, device=device, ops=ops)
 
     def save(self, path: str | os.PathLike, dtype: str = "float32") -> None:
         """Writes the parameters as a llm.c model file: "float32" is version 3, "bfloat16" version 5."""
@@ -101,7 +109,7 @@ class GPT2:
         """The logits of the next token at every position: tokens (B,T) -> a new array (B,T,V)."""
         tokens = self._check_tokens("inputs", inputs)
         B, T = tokens.shape
-        require_memory(FLOAT_BYTES * B * T * self.config.vocab_size, f"an array of the logits of {B} x {T} tokens")
+        self._require(self._float_bytes * B * T * self.config.vocab_size, f"an array of the logits of {B} x {T} tokens")
         acts = self._inference_activations(B, T)
         self._forward(tokens, acts)
         return self.ops.matmul_forward(acts.lnf, self.params["wte"][: self.config.vocab_size])
@@ -121,9 +129,16 @@ class GPT2:
         With loss_scale = 1/n, n calls on n micro-batches add up to the gradients of one batch of all of them.
         """
         tokens, targets = self._check_batch(inputs, targets)
-        acts = self._training_activations(*tokens.shape)
-        self._forward(tokens, acts)
-        self._backward(tokens, targets, acts, loss_scale)
+        B, T = tokens.shape
+        self._require_step(B, T)
+        try:
+            acts = self._training_activations(B, T)
+            self._forward(tokens, acts)
+            self._backward(tokens, targets, acts, loss_scale)
+        except MemoryError as error:  # what ops need for a moment, or another process
+            acts = self._training = None
+            fitting = min(self._fitting_batch(T), B - 1)
+            raise MemoryError(f"{error}" + (f"; a batch of {fitting} x {T} would fit" if fitting else "")) from None
         return self.ops.mean_loss(acts.losses, targets)
 
     def zero_grad(self) -> None:
@@ -297,24 +312,41 @@ class GPT2:
             self._grads = views(self._flat_grads, self.config)
             self._grad_layers = _parameter_layers(self._grads, self.config)
 
-    def _training_activations(self, B: int, T: int) -> Activations:
+    def _require(self, num_bytes: int, what: str, instead: dict[str, int] | None = None) -> None:
+        devices.require_memory(self.ops, num_bytes, what, instead)
+
+    def _has_activations(self, B: int, T: int) -> bool:
         acts = self._training
-        if acts is None or (acts.shape, acts.recompute) != ((B, T), self.recompute):
-            # The old ones go first, so that both are never held at once.
-            acts = self._training = None
-            smaller = {
-                f"recompute={MOST_RECOMPUTE}": self._bytes_of_step(B, T, MOST_RECOMPUTE),
-                f"a batch of 1 x {T}": self._bytes_of_step(1, T, self.recompute),
-            }
-            needed = self._bytes_of_step(B, T, self.recompute)
-            require_memory(needed, f"training on a batch of {B} x {T} tokens", smaller)
+        return acts is not None and (acts.shape, acts.recompute) == ((B, T), self.recompute)
+
+    def _require_step(self, B: int, T: int) -> None:
+        """MemoryError, before anything is allocated, if training on such a batch needs more memory than is free."""
+        if self._has_activations(B, T):
+            return
+        # The old ones go first, so that both are never held at once.
+        self._training = None
+        fitting = self._fitting_batch(T)
+        smaller = {
+            f"recompute={MOST_RECOMPUTE}": self._bytes_of_step(B, T, MOST_RECOMPUTE),
+            f"a batch of {fitting} x {T}": self._bytes_of_step(fitting, T, self.recompute),
+        }
+        self._require(self._bytes_of_step(B, T, self.recompute), f"training on a batch of {B} x {T} tokens", smaller)
+
+    def _training_activations(self, B: int, T: int) -> Activations:
+        if not self._has_activations(B, T):
             self._training = Activations(self.config, B, T, self.ops, training=True, recompute=self.recompute)
         return self._training
 
+    def _fitting_batch(self, T: int) -> int:
+        """The largest batch of sequences of T tokens that fits in what is free, 1 if none does."""
+        free = devices.free_memory(self.ops)
+        fixed = self._bytes_of_step(0, T, self.recompute)
+        return max(1, ((free or 0) - fixed) // (self._bytes_of_step(1, T, self.recompute) - fixed))
+
     def _bytes_of_step(self, B: int, T: int, recompute: int) -> int:
         """Bytes that forward_backward has to allocate while there are no activations."""
-        grads = 0 if self._flat_grads is not None else FLOAT_BYTES * self.config.num_parameters_padded
-        return self.config.activation_bytes(B, T, recompute=recompute) + grads
+        grads = 0 if self._flat_grads is not None else self._float_bytes * self.config.num_parameters_padded
+        return grads + self.config.activation_bytes(B, T, recompute=recompute, float_bytes=self._float_bytes)
 
     def _inference_activations(self, B: int, T: int) -> Activations:
         """Those of training if they have the right shape, else one layer's, which all layers share."""
@@ -322,7 +354,8 @@ class GPT2:
             return self._training
         if self._inference is None or self._inference.shape != (B, T):
             self._inference = None
-            require_memory(self.config.activation_bytes(B, T, training=False), f"a batch of {B} x {T} tokens")
+            needed = self.config.activation_bytes(B, T, training=False, float_bytes=self._float_bytes)
+            self._require(needed, f"a batch of {B} x {T} tokens")
             self._inference = Activations(self.config, B, T, self.ops, training=False)
         return self._inference
 
@@ -355,8 +388,9 @@ class DecodeCache:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.config, self.ops = config, ops
         self.batch_size, self.max_len, self.position = batch_size, max_len, 0
-        require_memory(
-            2 * FLOAT_BYTES * config.num_layers * batch_size * max_len * config.channels,
+        devices.require_memory(
+            ops,
+            2 * float_bytes(ops) * config.num_layers * batch_size * max_len * config.channels,
             f"a cache of {batch_size} x {max_len} tokens",
         )
         shape = (batch_size, config.num_heads, max_len, config.head_size)

@@ -1,14 +1,14 @@
 """AdamW over the model's flat buffers, and gradient clipping.
 
 Called by train.py after forward_backward, by prepare.py and verify.py, and by settings.py for its checks; calls the ops
-adamw_update and global_norm, and hardware.py and tensors.py.
+adamw_update and global_norm, and devices.py and tensors.py.
 """
 
 from __future__ import annotations
 
 import math
 
-from .hardware import require_memory
+from .devices import require_memory
 from .model import GPT2
 from .tensors import FLOAT_BYTES, TENSORS, tensor_shapes
 
@@ -25,6 +25,9 @@ class AdamW:
 
     decay="matrices" decays matrices and embeddings, as GPT-2's authors and llm.c on a GPU do; "all" decays every
     parameter. `m` and `v` are flat arrays in file order; `step_count` is the number of updates done.
+
+    Parameters in bfloat16 have float32 `master`s, which are updated in their place and rounded to them, up or down at
+    random: by `seed` and the step alone, so that the same run has the same bits.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decay: str = "matrices",
+        seed: int = 42,
     ):
         _check_number("learning_rate", learning_rate, learning_rate >= 0)
         _check_number("beta1", beta1, 0 <= beta1 < 1)
@@ -47,13 +51,15 @@ class AdamW:
         self.model = model
         self.learning_rate, self.beta1, self.beta2, self.eps = learning_rate, beta1, beta2, eps
         self.weight_decay, self.decay = weight_decay, decay
-        self.step_count = 0
-        require_memory(2 * FLOAT_BYTES * model.config.num_parameters_padded, "the optimizer's state")
-        self.m = model.ops.zeros(model.flat_params.shape, "wide")
-        self.v = model.ops.zeros(model.flat_params.shape, "wide")
-        # The parameters to full precision, where the model has them in less: small updates would be lost on those.
-        exact = model.flat_params.dtype == self.m.dtype
-        self.master = None if exact else model.ops.from_host(model.flat_params, dtype="wide")
+        self.seed, self.step_count = seed, 0
+        ops, params = model.ops, model.flat_params
+        exact = params.nbytes >= FLOAT_BYTES * model.config.num_parameters_padded
+        arrays = 2 if exact else 3
+        needed = arrays * FLOAT_BYTES * model.config.num_parameters_padded
+        require_memory(ops, needed, "the optimizer's state")
+        self.m = ops.zeros(params.shape, "wide")
+        self.v = ops.zeros(params.shape, "wide")
+        self.master = None if exact else ops.from_host(params, dtype="wide")
         self._segments = _segments(model.config, DECAYED_KINDS[decay])
 
     def step(self, learning_rate: float | None = None, grad_scale: float = 1.0) -> None:
@@ -72,16 +78,22 @@ class AdamW:
                 learning_rate=learning_rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
                 weight_decay=self.weight_decay if decayed else 0.0, step=self.step_count, grad_scale=grad_scale,
                 master=None if self.master is None else self.master[part],
-                seed=self.step_count * len(self._segments) + index,
+                seed=(self.seed << 32) + self.step_count * len(self._segments) + index,
             )  # fmt: skip
 
-    def load_state(self, step_count: int, m, v) -> None:
-        """Takes over the state of a checkpoint: flat float32 arrays, on the CPU used without a copy."""
-        for name, array in (("m", m), ("v", v)):
+    def load_state(self, step_count: int, m, v, master=None) -> None:
+        """Takes over the state of a checkpoint: flat float32 arrays, on the CPU used without a copy. Without a master
+        the model's parameters are their own."""
+        for name, array in (("m", m), ("v", v), ("master", m if master is None else master)):
             if tuple(array.shape) != tuple(self.m.shape):
                 raise ValueError(f"AdamW: {name} must have shape {tuple(self.m.shape)}, got {tuple(array.shape)}")
         self.step_count = step_count
-        self.m, self.v = (self.model.ops.from_host(array, dtype="wide") for array in (m, v))
+        # The old arrays go first: a GPU would hold them and the new ones.
+        self.m = self.v = None
+        from_host = self.model.ops.from_host
+        self.m, self.v = (from_host(array, dtype="wide") for array in (m, v))
+        if self.master is not None:
+            self.master = from_host(self.model.flat_params if master is None else master, dtype="wide")
 
 
 def _segments(config, kinds) -> list[tuple[slice, bool]]:

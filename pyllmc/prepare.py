@@ -7,7 +7,7 @@
 The tokenizer is the one beside the data or beside the model file, else GPT-2's; a new model on a text gets characters.
 
 Called by train.py, whose loop works on the `Run` that comes out, and for its types by llmc.py; calls the modules of
-the run's parts, datasets and hardware.py.
+the run's parts, datasets, devices.py and hardware.py.
 """
 
 import filecmp
@@ -17,9 +17,9 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
-from . import hardware, provenance
-from .backends import backend
+from . import devices, hardware, provenance
 from .checkpoint import Checkpoint, find_latest, list_steps, load_checkpoint, remove_unfinished
 from .cli import printable
 from .config import GPT2Config
@@ -36,7 +36,7 @@ from .optimizer import AdamW
 from .outliers import WINDOW, Guard
 from .runs import TEXT_AGAIN
 from .settings import GEOMETRY, PATTERNS, Settings, flag, is_path
-from .tensors import MOST_RECOMPUTE
+from .tensors import FLOAT_BYTES, MOST_RECOMPUTE
 from .tokenizer import TOKENIZER_FILE, CharTokenizer, TokenIds, Tokenizer, find_tokenizer
 
 # Started by one of these, a process has its number of processes in the environment: Open MPI, MPICH and its kin, SLURM
@@ -90,7 +90,7 @@ class Run:
     @property
     def extra(self) -> dict:
         """What a checkpoint keeps beside model and training state: for a run that goes on, bit for bit."""
-        return self.provenance | {"detector": self.guard.state_dict()}
+        return provenance.with_products(self.provenance, self.model.ops) | {"detector": self.guard.state_dict()}
 
 
 # ---- checks before anything is read or written ----------------------------------------------------------------------
@@ -168,11 +168,27 @@ def _batch_shape(settings: Settings, config: GPT2Config) -> tuple[int, int, int]
     return B, T, total // (B * T)
 
 
+def op_set(settings: Settings) -> ModuleType:
+    """What the settings let compute. ValueError, with the reason, if it cannot."""
+    return devices.choose(settings.device, settings.dtype, autotune=True)
+
+
 def _needed_memory(settings: Settings, config: GPT2Config) -> int:
-    """Bytes that training takes, and HellaSwag, whose batches have other shapes."""
+    """Bytes that training takes where it computes, and HellaSwag, whose batches have other shapes."""
     B, T = settings.batch_size, settings.seq_len or config.max_seq_len
-    needed = config.training_bytes(B, T, settings.recompute)
-    return needed + config.activation_bytes(B, T, training=False) if settings.hellaswag else needed
+    number = devices.float_bytes(op_set(settings))
+    needed = config.training_bytes(B, T, settings.recompute, number)
+    return needed + (config.activation_bytes(B, T, training=False, float_bytes=number) if settings.hellaswag else 0)
+
+
+def _fitting_batch(settings: Settings, config: GPT2Config, free: int) -> int:
+    """The largest --batch-size below that of the settings with which training fits in `free` bytes; 1 if none does."""
+    one, two = (_needed_memory(replace(settings, batch_size=B), config) for B in (1, 2))
+    B = min(settings.batch_size - 1, 1 + (free - one) // (two - one))
+    sequences = (settings.total_batch_size or 0) // (settings.seq_len or config.max_seq_len)
+    while B > 1 and sequences % B:
+        B -= 1
+    return max(B, 1)
 
 
 def _checkpoints_to_come(settings: Settings, folder: Path, start: int) -> int:
@@ -193,26 +209,34 @@ def check_needs(request: Request, config: GPT2Config, text_bytes: int = 0, start
     not fit the model."""
     settings, folder = request.settings, request.folder
     _batch_shape(settings, config)
-    needed, free = _needed_memory(settings, config), hardware.free_memory()
+    ops = op_set(settings)
+    needed, free = _needed_memory(settings, config), devices.free_memory(ops)
     if free is not None and needed > free:
         smaller = "choose a smaller --init" if settings.init else "reduce --layers, --channels or --context"
         ways = []
-        for name, value in (("recompute", MOST_RECOMPUTE), ("batch_size", 1)):
+        for name, value in (("recompute", MOST_RECOMPUTE), ("batch_size", _fitting_batch(settings, config, free))):
             then = _needed_memory(replace(settings, **{name: value}), config)
             if then <= free:
                 ways.append(f"{flag(name)} {value} needs {format_bytes(then)}; or ")
         raise ValueError(
-            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free; "
+            f"training this model needs {format_bytes(needed)} of memory, {format_bytes(free)} is free"
+            f"{' on the GPU' if devices.is_gpu(ops) else ''}; "
             f"{''.join(ways)}reduce --seq-len, or {smaller}"
         )
-    # Parameters, m and v in each checkpoint.
-    needed = _checkpoints_to_come(settings, folder, start) * 12 * config.num_parameters_padded + 2 * text_bytes
+    # Parameters, m and v in each checkpoint, perhaps masters.
+    needed = _checkpoints_to_come(settings, folder, start) * _checkpoint_bytes(ops, config) + 2 * text_bytes
     free = hardware.free_disk(folder)
     if free is not None and needed > free:
         raise ValueError(
             f"{folder}: the run needs {format_bytes(needed)} of disk, {format_bytes(free)} is free; choose another "
             "--out, a smaller model or fewer --keep-checkpoints"
         )
+
+
+def _checkpoint_bytes(ops: ModuleType, config: GPT2Config) -> int:
+    """Bytes of the parameters, m and v, and of masters where the parameters have less than float32."""
+    number = devices.float_bytes(ops)
+    return (number + (2 if number >= FLOAT_BYTES else 3) * FLOAT_BYTES) * config.num_parameters_padded
 
 
 # ---- the parts of a run ---------------------------------------------------------------------------------------------
@@ -317,8 +341,8 @@ def _check_data_is_there(settings: Settings) -> None:
                 ) from None
 
 
-def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int) -> GPT2:
-    model = GPT2.from_checkpoint(checkpoint.model_path, recompute=recompute)
+def _load_model(checkpoint: Checkpoint, config: GPT2Config, recompute: int, ops: ModuleType) -> GPT2:
+    model = GPT2.from_checkpoint(checkpoint.model_path, recompute=recompute, ops=ops)
     if model.config != config:
         raise ValueError(f"{checkpoint.model_path}: is a {model.config}, the settings beside it say {config}")
     return model
@@ -344,7 +368,8 @@ def prepare(request: Request) -> Run:
     config = existing_config(settings, checkpoint)
     tokenizer = _tokenizer_of_files(request, config) if settings.train_data else _tokens_of_text(request, config)
     config = config or new_config(settings, tokenizer.vocab_size)
-    free_memory = hardware.free_memory()
+    ops = op_set(settings)
+    free_memory = devices.free_memory(ops)
     check_needs(request, config, start=start)
     B, T, batches_per_step = _batch_shape(settings, config)
     train_loader, val_loader = _loaders(request, config, T)
@@ -355,17 +380,18 @@ def prepare(request: Request) -> Run:
             f"{settings.train_data or folder}: {train_loader.num_tokens:,} tokens are fewer than one step's "
             f"{batches_per_step * B * T:,}; reduce --total-batch-size"
         )
-    made_of = provenance.describe(train_loader.shards, val_loader.shards if val_loader else [], backend("cpu"))
+    made_of = provenance.describe(train_loader.shards, val_loader.shards if val_loader else [], ops)
     if checkpoint is not None:
         provenance.compare(checkpoint.extra, made_of, str(checkpoint.done_path))
-        model = _load_model(checkpoint, config, settings.recompute)
+        provenance.use_products(checkpoint.extra, ops, str(checkpoint.done_path))
+        model = _load_model(checkpoint, config, settings.recompute, ops)
     elif path := _path_of_init(settings):
-        model = GPT2.from_checkpoint(path, recompute=settings.recompute)
+        model = GPT2.from_checkpoint(path, recompute=settings.recompute, ops=ops)
     else:
-        model = GPT2(config, settings.seed, recompute=settings.recompute)
+        model = GPT2(config, settings.seed, recompute=settings.recompute, ops=ops)
     optimizer = AdamW(
         model, settings.learning_rate, settings.beta1, settings.beta2, settings.eps, settings.weight_decay,
-        settings.decay,
+        settings.decay, settings.seed,
     )  # fmt: skip
     guard = Guard(settings.skip_loss_z, settings.skip_norm_z)
     if checkpoint is not None:
@@ -413,14 +439,15 @@ def _measure_pace(
     batch = train_loader.next_batch()
     train_loader.load_state_dict(position)
     # Another process may take its share for a moment: of two measurements the better one is the machine's.
-    peak, times = hardware.peak_gflops(0.1), []
+    peak, times = devices.peak_gflops(model.ops), []
     # The first time also allocates; a large model's step takes long enough to be the measure itself.
     while len(times) < 5 and sum(times) < 3.0:
         begin = time.perf_counter()
         float(model.forward_backward(*batch))
         model.zero_grad()
         times.append(time.perf_counter() - begin)
-    peak = max(peak, hardware.peak_gflops(0.1))
+    if peak is not None:
+        peak = max(peak, devices.peak_gflops(model.ops))
     B, T = batch[0].shape
     tokens = batches_per_step * B * T
     pace = Pace(num_steps, tokens, model.config.flops_per_token(T), batches_per_step * min(times), peak)
@@ -437,11 +464,11 @@ def _measure_pace(
 def print_plan(run: Run) -> None:
     """What will be done, on what, and how long it will take."""
     settings, config, pace = run.settings, run.model.config, run.pace
-    ops, N = backend("cpu"), run.num_steps
+    ops, N = run.model.ops, run.num_steps
     B, T = run.train_loader.B, run.train_loader.T
     tokens = run.train_loader.num_tokens
     held_out = f"{run.val_loader.num_tokens:,} held out" if run.val_loader else "none held out"
-    free, threads = run.free_memory, ops.get_num_threads()
+    free = run.free_memory
     if settings.train_data:
         data = {"data": f"{settings.train_data}: {tokens:,} tokens to train on, {held_out}"}
     else:
@@ -458,8 +485,7 @@ def print_plan(run: Run) -> None:
         f"channels {config.channels}, context {config.max_seq_len})",
         "steps": f"{N:,} of {accumulated}{B} x {T} tokens, {N * pace.tokens_per_step / tokens:.2g} times the data; "
         f"{_describe_rate(settings, N)}; seed {settings.seed}",
-        "machine": f"{hardware.cpu_name()}, {threads} thread{'s' * (threads > 1)}, {ops.NAME}, "
-        f"peak {pace.peak:.0f} GFLOP/s (float32, measured)",
+        "machine": f"{devices.describe(ops)}, {devices.describe_peak(ops, pace.peak)}",
         "memory": f"{format_bytes(_needed_memory(settings, config))} needed"
         + (f" of {format_bytes(free)} free" if free is not None else ""),
         "speed": f"about {format_count(pace.tokens_per_second)} tok/s, {format_share(pace.share_of_peak)} of the peak "

@@ -7,7 +7,7 @@ names without folders, their sizes, and SHA-256 over their first bytes and over 
 of each, read once at the start. An edit in the midst of a large file that leaves its size can stay unseen.
 
 Called by prepare.py: what `describe` gives becomes part of the `extra` of each checkpoint, and `compare` gets it back.
-Calls tokenfile.py and files.py. The JSON: data/README.md.
+Calls tokenfile.py, files.py, and devices.py for what computes. The JSON: data/README.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import ModuleType
 import numpy as np
 
 from . import __version__
+from .devices import arithmetic, is_gpu
 from .files import sha256_of, sha256_of_sample
 from .tokenfile import HEADER_BYTES, Shard
 
@@ -36,13 +37,30 @@ def describe(train: Sequence[Shard], val: Sequence[Shard], ops: ModuleType) -> d
     data        {"train": [file, ...], "val": [file, ...]}, a file: name, bytes, tokens, header and sample (SHA-256)
     versions    pyllmc, numpy, python
     algorithms  isa: the module with the ops; build: the SHA-256 of its file. Results are the same for one module; the
-                constants that decide bits (KC in gemm.pxi) and the compiler's flags are part of it.
+                constants that decide bits (KC in gemm.pxi) and the compiler's flags are part of it. For a GPU
+                `with_products` adds library, device and products.
     """
     return {
         "data": {"train": [_describe_file(shard) for shard in train], "val": [_describe_file(shard) for shard in val]},
         "versions": {"pyllmc": __version__, "numpy": np.__version__, "python": platform.python_version()},
-        "algorithms": {"isa": ops.NAME, "build": sha256_of(ops.module.__file__)},
+        "algorithms": {"isa": arithmetic(ops), "build": sha256_of(getattr(ops, "module", ops).__file__)},
     }
+
+
+def with_products(made_of: dict, ops: ModuleType) -> dict:
+    """What `describe` gave, on a GPU with the algorithm of each kind of matrix product that was met since."""
+    return made_of | {"algorithms": made_of["algorithms"] | ops.algorithms()} if is_gpu(ops) else made_of
+
+
+def use_products(saved: dict, ops: ModuleType, source: str) -> None:
+    """Lets a GPU use the algorithms that were saved in the extra of a checkpoint whose DONE is `source`, for the same
+    bits; where it cannot, with another library or GPU, a line on stderr says so."""
+    table = saved.get("algorithms")
+    if is_gpu(ops) and isinstance(table, dict) and "products" in table:
+        try:
+            ops.use_algorithms(table)
+        except ValueError as error:
+            _note(f"{source}: what follows may differ in rounding: {error}")
 
 
 def _describe_file(shard: Shard) -> dict:

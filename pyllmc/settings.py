@@ -19,6 +19,8 @@ from importlib import resources
 from pathlib import Path
 
 from . import cli
+from .backends import BACKENDS
+from .devices import DEFAULT_DEVICE, DEVICE_HELP, DTYPE_HELP, DTYPES
 from .files import atomic_write, open_regular
 from .huggingface import HUB_NAMES
 from .optimizer import DECAYED_KINDS, SMALLEST_EPS
@@ -154,6 +156,8 @@ class Settings:
         _recompute_level, "to save memory, do again in the backward pass: 1 GELU (a fifth less for activations), 2 the "
         "layernorms too (a third less); the results are the same", 1, metavar="0|1|2", result=False,
     )  # fmt: skip
+    device: str = option(str, DEVICE_HELP, DEFAULT_DEVICE, choices=BACKENDS, result=False)
+    dtype: str = option(str, DTYPE_HELP, DTYPES[0], choices=DTYPES, result=False)
     threads: int = option(_count_or_zero, "CPU threads; 0 takes all there are", 0, result=False)
     out: str = option(
         str, "the run's folder; by default out/ and the name of the text, the recipe, the data or the model", "",

@@ -22,7 +22,8 @@ from .tensors import FLOAT_BYTES, check_flat
 
 STATE_MAGIC = 20240527
 
-# llm.c seeds the generator of its stochastic rounding with this; the CPU never draws from it.
+# llm.c seeds the generator of its stochastic rounding with this. Nothing is drawn from it here: AdamW's rounding is a
+# function of the run's seed and the step.
 ROUNDING_SEED = 13371337
 
 

@@ -164,8 +164,8 @@ def _validate(run: Run, step: int, record: Record, stopping: Callable[[], bool])
     for _ in range(run.num_val_batches):
         if stopping():
             return
-        losses.append(float(run.model.loss(*run.val_loader.next_batch())))
-    run.validation_loss = math.fsum(losses) / len(losses)
+        losses.append(run.model.loss(*run.val_loader.next_batch()))
+    run.validation_loss = math.fsum(map(float, losses)) / len(losses)
     record.validation(step, run.validation_loss)
     run.pace.pause("validation", run.settings.val_every, time.perf_counter() - begin)
     run.console.line(f"{run.console.label(step)} | validation loss {run.validation_loss:.4f}")
@@ -248,11 +248,12 @@ def _update(run: Run, step: int, record: Record) -> None:
     run.model.zero_grad()
     share = 1.0 / run.batches_per_step
     losses = [
-        float(run.model.forward_backward(*run.train_loader.next_batch(), loss_scale=share))
+        run.model.forward_backward(*run.train_loader.next_batch(), loss_scale=share)
         for _ in range(run.batches_per_step)
     ]
-    loss = math.fsum(losses) * share
+    # The norm is what a GPU is waited for, once in a step; the losses are there then.
     norm = grad_norm(run.model)
+    loss = math.fsum(map(float, losses)) * share
     rate = learning_rate(
         settings.schedule,
         step,

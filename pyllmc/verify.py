@@ -9,7 +9,7 @@ AdamW. The same is computed here and held against it, row by row; the last line 
     gradients  the norm of the error, by the norm of the reference's gradient
     norms      the error, by the reference's norm
 
-Calls modelfile.py, model.py, optimizer.py, hardware.py.
+Everything is float32, whatever the device. Calls modelfile.py, model.py, optimizer.py, devices.py, hardware.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import cli, hardware, modelfile
-from .backends import backend
+from . import cli, devices, hardware, modelfile
 from .config import GPT2Config
 from .model import GPT2
 from .optimizer import AdamW, clip_scale, grad_norm
@@ -159,6 +158,7 @@ def parse_arguments(argv: Sequence[str] | None):
     parser.add_argument(
         "--threads", type=cli.non_negative_int, default=0, metavar="N", help="CPU threads; 0 takes all there are"
     )
+    devices.add_options(parser, ("float32",))
     return parser.parse_args(argv)
 
 
@@ -168,13 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not path.exists():
             raise ValueError(f"{path}: there is no such {what}; {HOW_TO_MAKE_THEM}")
     hardware.set_threads(args.threads)
-    ops = backend("cpu")
+    ops = devices.choose(args.device, "float32")
     model = GPT2.from_checkpoint(args.model, ops=ops)
     state = modelfile.read_debug_state(args.debug, model.config)
     B, T = state.inputs.shape
     print(f"{args.model}: {model.config.num_parameters:,} parameters; {args.debug}: {B} x {T} tokens")
-    threads = ops.get_num_threads()
-    print(f"computed with {ops.NAME} on {threads} thread{'s' if threads > 1 else ''}\n")
+    print(f"computed on {devices.describe(ops)}\n")
     print(f"{'':<18}{'error':>9}{'limit':>9}", flush=True)
     rows = []
     for row in compare(model, state):

@@ -3,14 +3,18 @@
 `cpu` is each ISA module of the CPU backend in turn: one that was built but that this processor cannot run shows up as
 a skipped test with the reason, never as a silent pass.
 `op_set` is all of these and the device backends behind NumPy arrays (on_device.py), for what every backend has to do.
-`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU.
+`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU. `gpu` is each of them
+as what `--device cuda` finds; without it the programs compute on the CPU, whatever this machine has.
 `in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.
-`--device cuda` runs what one device backend has to do and nothing else, and fails where that cannot run.
+pytest's own option `--device cuda` runs what one device backend has to do, and fails where that cannot run.
 """
 
 import contextlib
+import functools
 import http.server
 import importlib
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -19,6 +23,9 @@ import shim
 from on_device import OnDevice
 
 DEVICES = ("cuda_shim", "cuda")
+# Those that can run here; that no GPU can is told once, by a skipped test.
+DEVICES_HERE = DEVICES if importlib.import_module("pyllmc._cuda").AVAILABLE else DEVICES[:1]
+os.environ["PYLLMC_DEVICE"] = "cpu"
 
 
 def pytest_addoption(parser):
@@ -30,12 +37,15 @@ def pytest_collection_modifyitems(config, items):
     if wanted is None:
         return
     of = [getattr(item, "callspec", None) for item in items]
-    chosen = [spec is not None and wanted in (spec.params.get("device"), spec.params.get("op_set")) for spec in of]
+    fixtures = ("device", "op_set", "gpu")
+    chosen = [spec is not None and wanted in map(spec.params.get, fixtures) for spec in of]
     config.hook.pytest_deselected(items=[item for item, keep in zip(items, chosen) if not keep])
     items[:] = [item for item, keep in zip(items, chosen) if keep]
 
 
 def pytest_configure(config):
+    # A shell has Ctrl-C ignored by what it starts in the background, and by all that this starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--device", None) == "cuda":
         cuda = importlib.import_module("pyllmc._cuda")
         if not cuda.AVAILABLE:
@@ -44,8 +54,8 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES, indirect=True, scope="session")
-    for fixture, devices in (("cpu", ()), ("op_set", DEVICES)):
+        metafunc.parametrize("device", DEVICES_HERE, indirect=True, scope="session")
+    for fixture, devices in (("cpu", ()), ("op_set", DEVICES_HERE)):
         if fixture not in metafunc.fixturenames:
             continue
         # Imported here, so that the tests which need no extension module also run where none was built.
@@ -64,21 +74,32 @@ def cpu(request):
 
 
 def device_ops(name):
-    """The module of ops of a device backend; the test is skipped, with the reason, where it cannot run."""
-    if name == "cuda_shim":
-        if shim.compiler() is None:
-            pytest.skip("no C++ compiler")
-        return shim.load()
-    cuda = importlib.import_module("pyllmc._cuda")
-    if not cuda.AVAILABLE:
-        pytest.skip(cuda.REASON)
-    return cuda.module
+    """The module of ops of a device backend; the test is skipped, with the reason, where it cannot be compiled."""
+    if name != "cuda_shim":
+        return importlib.import_module("pyllmc._cuda").module
+    if shim.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return shim.load()
 
 
 @pytest.fixture(scope="session")
 def device(request):
     """The op module of a device: its arrays are DeviceArrays."""
     return device_ops(request.param)
+
+
+@pytest.fixture(params=DEVICES_HERE)
+def gpu(request, monkeypatch):
+    """The module of ops of a device that programs find with --device cuda; without algorithms from before."""
+    module = device_ops(request.param)
+    cuda = importlib.import_module("pyllmc._cuda")
+    monkeypatch.setattr(cuda, "AVAILABLE", True)
+    monkeypatch.setattr(cuda, "op_set", functools.cache(module.op_set))
+    before = module.product_options()
+    module.use_algorithms(None)
+    yield module
+    module.product_options(**before)
+    module.use_algorithms(None)
 
 
 @pytest.fixture(scope="session")

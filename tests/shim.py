@@ -109,6 +109,26 @@ def load():
     return module
 
 
+class Gpu:
+    """What programs find on this machine; `reset` at the end."""
+
+    def __init__(self):
+        self.library = ctypes.CDLL(load().__file__)
+        self.library.shim_free_memory.argtypes = [ctypes.c_size_t]
+
+    def is_like(self, driver=13000, count=1, capability=9):
+        """The driver's CUDA version, 0 for none, how many GPUs it sees, and their major compute capability."""
+        self.library.shim_gpu(driver, count, capability)
+
+    def has_free(self, num_bytes):
+        """So much memory is free from now on, beside what the backend keeps for the next arrays."""
+        self.library.shim_free_memory(num_bytes)
+
+    def reset(self):
+        self.is_like()
+        self.has_free(8 << 30)
+
+
 class Barriers:
     """The barriers of the kernels (__syncthreads), which can be left out one at a time, and the order of threads."""
 

@@ -17,16 +17,28 @@ def python(code, cwd=ROOT):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def test_cpu_is_there_and_auto_finds_it():
+def test_cpu_is_there_and_auto_finds_it(monkeypatch):
     assert pyllmc.backend("cpu").matmul_forward
-    assert pyllmc.backend() in (pyllmc.backend("cpu"), pyllmc._cuda)
+    monkeypatch.delenv("PYLLMC_DEVICE")
+    assert pyllmc.backend() is pyllmc.backend("cuda" if pyllmc._cuda.AVAILABLE else "cpu")
+
+
+def test_auto_is_cuda_where_that_can_run_unless_the_environment_says_otherwise(gpu, monkeypatch):
+    assert pyllmc.backend("auto") is pyllmc.backend("cpu")  # conftest.py
+    monkeypatch.delenv("PYLLMC_DEVICE")
+    assert pyllmc.backend("auto") is pyllmc.backend("cuda") is pyllmc.backend("cuda", "bfloat16")
+    assert pyllmc.backend("cuda", "float32") is not pyllmc.backend("cuda")
+    assert pyllmc.backend("cuda", "float32").zeros(2).dtype == "float32"
+    monkeypatch.setenv("PYLLMC_DEVICE", "tpu")
+    with pytest.raises(ValueError, match="unknown backend 'tpu'; known are auto, cpu, cuda"):
+        pyllmc.backend()
 
 
 def test_cuda_says_why_not():
     from pyllmc import _cuda
 
     if _cuda.AVAILABLE:
-        assert pyllmc.backend("cuda") is _cuda
+        assert pyllmc.backend("cuda").device()["name"]
     else:
         with pytest.raises(ValueError, match="the CUDA backend is not available: .") as caught:
             pyllmc.backend("cuda")

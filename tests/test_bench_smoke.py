@@ -264,7 +264,8 @@ def test_what_is_reached_on_a_gpu_is_held_to_the_targets(bench):
     ]
     data = {"machine_info": {}, "benchmarks": records, "datetime": "", "suite": "cuda", "errors": [],
             "too_large": [["torch-compile", "gpu-step: B=9", "OutOfMemoryError: all of it"]]}  # fmt: skip
-    rows = {row.what: row for row in bench("targets").rows(bench("rows").Results.of(data))}
+    targets = bench("targets")
+    rows = {row.what: row for row in targets.rows(targets.Results.of(data))}
     reached = {what: (round(row.value.best, 3), row.met) for what, row in rows.items()}
     assert reached == {
         "training, the public frontier": (500e3, True),

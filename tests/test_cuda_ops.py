@@ -11,6 +11,8 @@ import pytest
 import reference
 from on_device import OnDevice
 
+from pyllmc import _cuda
+
 HALF_ULP = 2.0**-8  # of bfloat16, relative: an output is rounded once
 
 
@@ -29,7 +31,7 @@ def stochastic(expected, inputs):
 
 
 def of_rounded_pre_gelu(expected, inputs):
-    """GELU, whose slope is at most 1.13, is taken of what is stored where it is not the library's."""
+    """GELU, whose slope is at most 1.13, is taken of what is stored."""
     if not inputs.get("gelu"):
         return 0.0
     pre_gelu = inputs["inp"] @ inputs["weight"].T + (0.0 if inputs.get("bias") is None else inputs["bias"])
@@ -148,6 +150,12 @@ def on_device(device, case, request):
     if not hasattr(device, case.op):
         pytest.skip(f"{case.op} has no kernel yet")
     return lambda *arguments: OnDevice(device, *arguments)
+
+
+def test_a_gpu_is_among_the_devices():
+    """That there is none is told here, once, and not of every case."""
+    if not _cuda.AVAILABLE:
+        pytest.skip(_cuda.REASON)
 
 
 @parametrize(cases.CASES.get)

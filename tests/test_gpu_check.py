@@ -20,7 +20,7 @@ case "$*" in
     "- "*results.json* | -c*) exec {python} "$@" ;;
     "- "*) if [ -n "${{LACKS:-}}" ]; then exec {python} - "$2" "$LACKS"; fi ;;
     "setup.py build_ext --inplace") echo "archs $PYLLMC_CUDA_ARCHS cuda $PYLLMC_CUDA"; exit "${{BUILD:-0}}" ;;
-    *pytest*) echo "812 passed in 40.00s" ;;
+    "-m pytest "*) echo "812 passed in 40.00s" ;;
     tests/smallest.py) echo "22 ops ran on NVIDIA H200" ;;
     bench/parity.py*) sleep "${{PARITY:-0}}"; echo "at most, and allowed: float32 differs by 3.0e-06 (0.0001)" ;;
     bench/compare.py\\ --from*) echo "the table of bench.json again"; echo "3 of 4 targets met" ;;

@@ -24,7 +24,8 @@ LAYERS = {
     "what is computed, and its files": "model optimizer schedules outliers hellaswag checkpoint dataloader ops "
     "modelfile statefile huggingface",
     "tokens": "tokenizer tokenfile evalfile",
-    "ground": "config tensors rng files lock floats safetensors hardware hub extras console logs events figures cli",
+    "ground": "config tensors rng files lock floats safetensors devices hardware hub extras console logs events "
+    "figures cli",
     CHOICE: "backends",
     BACKENDS: "_ops _cuda",
 }

@@ -92,7 +92,7 @@ def test_overfitting_is_on_the_validation_data():
     [
         "-y 1",
         "-f 0",
-        "-w 0",
+        "-w 1",
         "-ge 2",
         "-lg -1",
         "-lg 10",
@@ -112,7 +112,8 @@ def test_what_gives_the_same_result_is_taken(flags):
 @pytest.mark.parametrize(
     "flags, word",
     [
-        ("-h 2", "0 or 1"), ("-z 2", "one process"), ("-pn 8", "one process"), ("-pr 1", "one process"),
+        ("-h 2", "0 or 1"), ("-w 0", "masters"), ("-z 2", "one process"),
+        ("-pn 8", "one process"), ("-pr 1", "one process"),
         ("-pi fs", "one process"), ("-pm tcp", "one process"), ("-pf shared", "one process"), ("-sl -1", "at least 0"),
         ("-sg nan", "number"), ("-r 3", "from 0 to 2"), ("-lg", "-lg"), ("-y 2", "0 or 1"), ("-b 0", "at least 1"),
         ("-b x", "whole number"), ("-b 4x", "whole number"), ("-l 0", "above 0"), ("-k sine", "cosine"),

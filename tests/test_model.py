@@ -384,6 +384,5 @@ def test_more_memory_than_there_is_is_refused_before_anything_is_allocated():
     with pytest.raises(MemoryError, match=r"the model needs \S+ TB, \S+ \w+ is free"):
         GPT2(huge, ops=pyllmc.backend("cpu"))
     model = make_model(pyllmc.backend("cpu"))
-    wide = np.broadcast_to(np.int32(1), (2**30, 9))
     with pytest.raises(MemoryError, match="needs .* TB"):
-        model._training_activations(*wide.shape)
+        model._require_step(2**30, 9)

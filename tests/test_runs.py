@@ -73,7 +73,7 @@ def test_what_a_run_left_moves_aside(mark, tmp_path):
     with runs.claimed(folder, resume=False) as claim:
         assert claim.moved == tmp_path / "exp.1"
         assert os.listdir(folder) == [".lock"]
-    assert content(tmp_path / "exp.1").items() >= DATA.items()
+        assert content(tmp_path / "exp.1").items() >= DATA.items()
 
 
 @pytest.mark.parametrize("files", [{}, {"train.bin": "old", "DONE_00000004": ""}])

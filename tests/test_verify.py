@@ -229,7 +229,7 @@ def program(capsys, *words):
 def test_threads(verdict, state, capsys):
     verdict(state)
     code, out, _ = program(capsys, "model.bin", "debug.bin", "--threads", 1)
-    assert code == 0 and " on 1 thread\n" in out
+    assert code == 0 and ", 1 thread, " in out
     assert "--threads 3000000000: more than" in program(capsys, "model.bin", "debug.bin", "--threads", 3_000_000_000)[2]
 
 

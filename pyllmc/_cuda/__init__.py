@@ -1,12 +1,14 @@
 """The CUDA backend: the op set on an NVIDIA GPU, where the extension was built and a GPU can run it.
 
-backends.py reads AVAILABLE, and shows REASON to whoever asks for "cuda". The ops are those of ops.pyx, with bfloat16 as
-the float of new arrays; `op_set("float32")` is the same with float32. README.md beside this says how they are made.
+backends.py reads AVAILABLE, shows REASON to whoever asks for "cuda", and hands out `op_set`. README.md beside this says
+how the ops are made.
 """
 
+import functools
 import importlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
 
 def _load():
@@ -23,5 +25,8 @@ def _load():
 module, REASON = _load()
 AVAILABLE = not REASON
 
-if AVAILABLE:
-    globals().update({name: op for name, op in vars(module.op_set("bfloat16")).items() if not name.startswith("_")})
+
+@functools.cache
+def op_set(dtype: str) -> ModuleType:
+    """The ops of ops.pyx with `dtype`, "bfloat16" or "float32", as the float of new arrays; one module for each."""
+    return module.op_set(dtype)

@@ -82,15 +82,14 @@ Key key_of(const Product& p) {
 
 // "bf16 65536x2304x768 nt ld 768,768,2304 bias align 16,16,16,16": how a kind of product is recorded.
 std::string name_of(const Key& key) {
-    static const char* const AFTER[] = {"", " bias", " gelu", " dgelu", " sum"};
+    static const char* const AFTER[] = {"", " bias", " dgelu", " sum"};
     char text[256];
     const auto number = [](uint64_t n) { return static_cast<unsigned long long>(n); };
-    std::snprintf(text, sizeof text, "%s%s %llux%llux%llu %c%c ld %llu,%llu,%llu%s%s%s align %llu,%llu,%llu,%llu",
+    std::snprintf(text, sizeof text, "%s%s %llux%llux%llu %c%c ld %llu,%llu,%llu%s%s align %llu,%llu,%llu,%llu",
                   key.type == BFLOAT16 ? "bf16" : key.tf32 ? "tf32" : "fp32",
                   key.type == key.out_type ? "" : "->fp32", number(key.rows), number(key.columns), number(key.k),
                   key.a_transposed ? 't' : 'n', key.b_transposed ? 't' : 'n', number(key.lda), number(key.ldb),
                   number(key.ldo), key.add ? " add" : "", AFTER[key.after],
-                  key.after == static_cast<uint64_t>(After::GELU) && !key.vector ? " unbiased" : "",
                   number(key.align_a), number(key.align_b), number(key.align_add), number(key.align_out));
     return text;
 }
@@ -100,7 +99,6 @@ lt::DataType data_type(uint64_t type) { return type == BFLOAT16 ? lt::R_16BF : l
 lt::Epilogue epilogue(const Product& p) {
     switch (p.after) {
         case After::ADD_BIAS: return lt::BIAS;
-        case After::GELU: return p.vector ? lt::GELU_AUX_BIAS : lt::GELU_AUX;
         case After::DGELU: return lt::DGELU;
         case After::SUM_A: return lt::BGRADB;
         default: return lt::DEFAULT;

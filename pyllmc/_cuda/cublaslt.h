@@ -19,9 +19,7 @@ enum Operation : int32_t { N = 0, T = 1 };
 enum Epilogue : uint32_t {
     DEFAULT = 1,
     BIAS = 4,                  // + bias, one number for each row
-    GELU_AUX = 32 | 128,       // aux = sums; gelu of them, in its tanh form
-    GELU_AUX_BIAS = GELU_AUX | BIAS,
-    DGELU = 64 | 128,          // * gelu'(aux)
+    DGELU = 64 | 128,          // * gelu'(aux), in its tanh form
     BGRADB = 512,              // bias = sums of op(B) over k, one for each column of D
 };
 

@@ -9,7 +9,7 @@ namespace {
 // out = f(sums + bias) + residual, with f = gelu where `gelu_on`. out may be sums or residual.
 template <class S, class T, int W, bool gelu_on>
 __global__ void __launch_bounds__(BLOCK)
-finish_kernel(const S* sums, const T* bias, const T* residual, T* pre_gelu, T* out, size_t n, size_t columns) {
+finish_kernel(const S* sums, const T* bias, const T* residual, T* out, size_t n, size_t columns) {
     const size_t i = (static_cast<size_t>(blockIdx.x) * BLOCK + threadIdx.x) * W;
     if (i >= n) return;
     Floats<W> x = load<W>(sums + i);
@@ -19,7 +19,6 @@ finish_kernel(const S* sums, const T* bias, const T* residual, T* pre_gelu, T* o
         for (int j = 0; j < W; ++j) x[j] += b[j];
     }
     if (gelu_on) {
-        if (pre_gelu != nullptr) store(pre_gelu + i, x);
 #pragma unroll
         for (int j = 0; j < W; ++j) x[j] = gelu(x[j]);
     }
@@ -32,17 +31,16 @@ finish_kernel(const S* sums, const T* bias, const T* residual, T* pre_gelu, T* o
 }
 
 template <class S, class T>
-void finish(const void* sums, const void* bias, const void* residual, bool gelu, void* pre_gelu, void* out, size_t rows,
+void finish(const void* sums, const void* bias, const void* residual, bool gelu, void* out, size_t rows,
             size_t columns) {
     const size_t n = rows * columns;
     const auto run = [&](auto kernel, size_t width) {
         Launch(ceil_div<size_t>(n, BLOCK * width), BLOCK)(kernel, static_cast<const S*>(sums),
                                                           static_cast<const T*>(bias), static_cast<const T*>(residual),
-                                                          static_cast<T*>(pre_gelu), static_cast<T*>(out), n, columns);
+                                                          static_cast<T*>(out), n, columns);
     };
     constexpr int W = VECTOR<T>;
-    const void *kept = pre_gelu, *result = out;
-    if (vectors_fit<T>(columns, sums, bias, residual, kept, result))
+    if (vectors_fit<T>(columns, sums, bias, residual, static_cast<const void*>(out)))
         gelu ? run(finish_kernel<S, T, W, true>, W) : run(finish_kernel<S, T, W, false>, W);
     else
         gelu ? run(finish_kernel<S, T, 1, true>, 1) : run(finish_kernel<S, T, 1, false>, 1);
@@ -113,51 +111,45 @@ bool vectors_fit(DType type, size_t rows, size_t other_rows, const P*... pointer
 
 void round_sums(DType type, const float* sums, const void* add, void* out, size_t n) {
     by_type(type, [&](auto zero) {
-        finish<float, decltype(zero)>(sums, nullptr, add, false, nullptr, out, 1, n);
+        finish<float, decltype(zero)>(sums, nullptr, add, false, out, 1, n);
     });
 }
 
+// With GELU the sums are stored first, as pre_gelu, and GELU is taken of those, not by the library of its unrounded ones:
+// a backward pass that computes it again from pre_gelu has the same bits.
 void matmul_forward(DType type, const void* inp, const void* weight, const void* bias, const void* residual, bool gelu,
                     void* pre_gelu, void* out, size_t rows, size_t C, size_t OC) {
+    void* const stored = gelu ? pre_gelu : out;
+    const void* const added = gelu ? nullptr : residual;
     Product p;
     p.type = p.out_type = type;
     p.rows = rows, p.columns = OC, p.k = C;
     p.a = inp, p.lda = C;
     p.b = weight, p.ldb = C, p.b_transposed = true;
-    p.out = out, p.ldo = OC;
-    p.vector = const_cast<void*>(bias);
-    const bool fit = vectors_fit(type, C, OC, inp, weight, bias, residual, static_cast<const void*>(pre_gelu),
-                                 static_cast<const void*>(out));
-    if (gelu && fit && residual == nullptr && has_fast_epilogues(type)) {
-        p.after = After::GELU;
-        p.aux = pre_gelu;
-        if (product(p)) return;
-        p.aux = nullptr;
-    }
-    // Without GELU the residual is what the product is added to; with it, both are left for a pass over pre_gelu.
+    p.out = stored, p.ldo = OC;
+    p.add = added;
     p.after = bias != nullptr ? After::ADD_BIAS : After::NOTHING;
-    p.out = gelu ? pre_gelu : out;
-    p.add = gelu ? nullptr : residual;
-    if (bias == nullptr || (fit && product(p))) {
-        if (bias == nullptr) product(p);
-        if (!gelu) return;
+    p.vector = const_cast<void*>(bias);
+    const bool fit =
+        bias == nullptr || vectors_fit(type, C, OC, inp, weight, bias, added, static_cast<const void*>(stored));
+    if (!fit || !product(p)) {
+        // The sums in float, so that the result is rounded once here too.
+        const Scratch sums(rows * OC * sizeof(float));
+        p.after = After::NOTHING;
+        p.vector = nullptr;
+        p.add = nullptr;
+        p.out = sums.as<void>();
+        p.out_type = FLOAT32;
+        product(p);
         by_type(type, [&](auto zero) {
-            using T = decltype(zero);
-            finish<T, T>(pre_gelu, nullptr, residual, true, nullptr, out, rows, OC);
+            finish<float, decltype(zero)>(sums.as<void>(), bias, added, false, stored, rows, OC);
         });
-        return;
     }
-    // The sums in float, so that the result is rounded once here too.
-    const Scratch sums(rows * OC * sizeof(float));
-    p.after = After::NOTHING;
-    p.vector = nullptr;
-    p.add = nullptr;
-    p.out = sums.as<void>();
-    p.out_type = FLOAT32;
-    product(p);
+    if (!gelu) return;
+    if (residual == nullptr) return gelu_forward(type, pre_gelu, out, rows * OC);
     by_type(type, [&](auto zero) {
         using T = decltype(zero);
-        finish<float, T>(sums.as<void>(), bias, residual, gelu, pre_gelu, out, rows, OC);
+        finish<T, T>(pre_gelu, nullptr, residual, true, out, rows, OC);
     });
 }
 

@@ -9,8 +9,8 @@ def matmul_forward(inp, weight, bias=None, *, residual=None, gelu=False, pre_gel
     (..., OC) or None. out, pre_gelu: (..., OC), overwritten; out may be residual. Returns out, or out, pre_gelu with
     gelu=True. Backward needs inp and weight, and with gelu pre_gelu.
     Raises ValueError for a wrong shape, dtype or overlap, and for pre_gelu without gelu; OSError without cuBLASLt.
-    Sums are float32 (their factors TF32 with product_options(tf32=True)) and rounded once; where GELU is not the
-    library's, it is taken of the rounded pre_gelu. Source: llm.c llmc/matmul.cuh matmul_cublaslt.
+    Sums are float32 (their factors TF32 with product_options(tf32=True)) and rounded once; GELU is taken of the rounded
+    pre_gelu, so that gelu_forward(pre_gelu) has the same bits. Source: llm.c llmc/matmul.cuh matmul_cublaslt.
     """
     cdef Operands arrays = Operands("matmul_forward")
     cdef tuple inp_shape = arrays.shape("inp", inp), weight_shape = arrays.shape("weight", weight, 2, 2)

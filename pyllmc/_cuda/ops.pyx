@@ -61,11 +61,12 @@ def release_cache():
 def op_set(dtype):
     """The ops as a module whose float is `dtype`, "bfloat16" or "float32": what empty, zeros and from_host make.
 
-    All other ops compute in the type of the arrays that they are given.
+    All other ops compute in the type of the arrays that they are given. DTYPE is `dtype`, __file__ this extension.
     """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"the GPU's float is bfloat16 or float32, not {dtype!r}")
     module = types.ModuleType(f"{__name__}.{dtype}", op_set.__doc__)
+    module.DTYPE, module.__file__ = dtype, __file__
     for name, value in globals().items():
         if not name.startswith("_") and callable(value) and not isinstance(value, types.ModuleType):
             setattr(module, name, value)

@@ -10,7 +10,6 @@ namespace pyllmc {
 enum class After {
     NOTHING,
     ADD_BIAS,  // + vector[column]
-    GELU,      // + vector[column], kept in `aux`; gelu of that
     DGELU,     // * gelu'(aux)
     SUM_A,     // out as it is, and vector[row] = sums of a over k
 };
@@ -29,8 +28,8 @@ struct Product {
     bool a_transposed = false, b_transposed = false;
     const void* add = nullptr;  // with out's leading dimension; it may be out
     After after = After::NOTHING;
-    void* vector = nullptr;     // written by SUM_A only; null with GELU: no bias
-    void* aux = nullptr;        // written by GELU; with out's leading dimension
+    void* vector = nullptr;     // written by SUM_A only
+    void* aux = nullptr;        // with out's leading dimension
 };
 
 // Enqueues the product. Nothing may overlap, but for add and out. For `after` other than NOTHING every address and row
@@ -38,7 +37,7 @@ struct Product {
 // this `after`; with NOTHING it throws instead.
 bool product(const Product& p);
 
-// Whether to leave GELU, DGELU and SUM_A to the library. Not in strict float32, and not before Hopper, where it runs
+// Whether to leave DGELU and SUM_A to the library. Not in strict float32, and not before Hopper, where it runs
 // them as kernels of its own behind the product, slower than ours.
 bool has_fast_epilogues(DType type);
 

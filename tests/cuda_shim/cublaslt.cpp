@@ -90,9 +90,7 @@ Status check(const DescOpaque& desc, const LayoutOpaque& a, const LayoutOpaque& 
     const bool forward = desc.a == T && desc.b == N;
     switch (desc.epilogue) {
         case BIAS:
-        case GELU_AUX:
-        case GELU_AUX_BIAS:
-            if (!forward) return unsupported("bias or GELU in another product than forward's");
+            if (!forward) return unsupported("bias in another product than forward's");
             break;
         case DGELU:
             if (desc.a != N || desc.b != N) return unsupported("DGELU in another product than dinp's");
@@ -147,8 +145,6 @@ float tf32(float x) {
     std::memcpy(&x, &bits, sizeof bits);
     return x;
 }
-
-float gelu(float x) { return 0.5f * x * (1.0f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x))); }
 
 float gelu_slope(float x) {
     const float t = std::tanh(0.7978845608f * (x + 0.044715f * x * x * x));
@@ -307,13 +303,8 @@ EXPORTED Status cublasLtMatmul(Handle handle, Desc desc, const void* alpha, cons
     std::memcpy(&keep, beta, sizeof keep);
     if (factor != 1.0f || (keep != 0.0f && keep != 1.0f)) return invalid("factors that are not used");
     const uint64_t d_bytes = of_d.bytes(), m = of_d.rows, n = of_d.columns, k = desc->a == T ? of_a.rows : of_a.columns;
-    const bool writes_aux = (desc->epilogue & GELU_AUX) == GELU_AUX;
-    const uint64_t aux_bytes = desc->aux_ld * n * of_d.item();
     if (overlap(d, d_bytes, a, of_a.bytes()) || overlap(d, d_bytes, b, of_b.bytes())) return invalid("D overlaps");
     if (c != d && overlap(d, d_bytes, c, d_bytes)) return invalid("C overlaps D");
-    if (writes_aux && (overlap(desc->aux, aux_bytes, d, d_bytes) || overlap(desc->aux, aux_bytes, a, of_a.bytes()) ||
-                       overlap(desc->aux, aux_bytes, b, of_b.bytes())))
-        return invalid("aux overlaps");
 
     const bool as_tf32 = desc->compute == COMPUTE_32F_FAST_TF32;
     const std::vector<float> x = floats(of_a, a, desc->a == T, as_tf32), y = floats(of_b, b, desc->b == N, as_tf32);
@@ -332,10 +323,6 @@ EXPORTED Status cublasLtMatmul(Handle handle, Desc desc, const void* alpha, cons
             float value = sums[i];
             if (keep != 0.0f) value += as_float(of_c.type, c, at);
             if (desc->epilogue & BIAS) value += as_float(of_d.type, desc->bias, i);
-            if (writes_aux) {
-                put(of_d.type, desc->aux, j * static_cast<uint64_t>(desc->aux_ld) + i, value);
-                value = gelu(value);
-            }
             if (desc->epilogue == DGELU)
                 value *= gelu_slope(as_float(of_d.type, desc->aux, j * static_cast<uint64_t>(desc->aux_ld) + i));
             put(of_d.type, d, at, value);

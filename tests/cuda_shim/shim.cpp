@@ -380,8 +380,9 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 size, size_t shared, Body bo
 
 namespace {
 
-constexpr size_t TOTAL = size_t{8} << 30;
-size_t used = 0;
+constexpr int RUNTIME = 13000;
+size_t total = size_t{8} << 30, used = 0;
+int driver = RUNTIME, gpus = 1, compute_major = 9;
 std::unordered_map<void*, size_t>& allocations() {
     static auto& known = *new std::unordered_map<void*, size_t>;
     return known;
@@ -412,15 +413,18 @@ cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSucc
 cudaError_t cudaPeekAtLastError() { return shim::last_error; }
 
 cudaError_t cudaDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = driver;
     return cudaSuccess;
 }
 
-cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = RUNTIME;
+    return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
-    return cudaSuccess;
+    *count = gpus;
+    return driver < RUNTIME ? cudaErrorInsufficientDriver : gpus == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -433,16 +437,16 @@ cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaE
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     *properties = {};
     std::snprintf(properties->name, sizeof properties->name, "no GPU: its kernels as plain C++");
-    properties->major = 9;
+    properties->major = compute_major;
     properties->multiProcessorCount = 4;
     properties->l2CacheSize = 1 << 20;
-    properties->totalGlobalMem = TOTAL;
+    properties->totalGlobalMem = total;
     properties->sharedMemPerBlockOptin = shim::MAX_SHARED;
     return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** data, size_t bytes) {
-    if (bytes > TOTAL - used) return shim::last_error = cudaErrorMemoryAllocation;
+    if (used > total || bytes > total - used) return shim::last_error = cudaErrorMemoryAllocation;
     *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (*data == MAP_FAILED) return shim::last_error = cudaErrorMemoryAllocation;
     shim::poison(*data, bytes);
@@ -471,8 +475,8 @@ cudaError_t cudaFreeHost(void* data) {
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
-    *free_bytes = TOTAL - used;
-    *total_bytes = TOTAL;
+    *free_bytes = used > total ? 0 : total - used;
+    *total_bytes = total;
     return cudaSuccess;
 }
 
@@ -545,3 +549,12 @@ EXPORTED int shim_barriers(char* text, int size) {
 EXPORTED void shim_skip_barrier(const char* file, int line) { shim::skipped = {file, line}; }
 
 EXPORTED void shim_reverse(int reversed) { shim::reversed = reversed != 0; }
+
+// The GPU that programs find: the driver's CUDA version, 0 for none, how many GPUs it sees, and their major compute
+// capability.
+EXPORTED void shim_gpu(int driver_version, int count, int capability) {
+    driver = driver_version, gpus = count, compute_major = capability;
+}
+
+// So much memory is free from now on.
+EXPORTED void shim_free_memory(size_t bytes) { total = used + bytes; }
