@@ -277,7 +277,9 @@ def test_of_several_that_start_at_the_same_moment_one_goes_on(tmp_path, text):
                 told.append(process.stderr.read())
                 assert process.returncode == 1, told
             (running,) = (process for process in started if process.returncode is None)
-            running.stdout.readline()
+            # Before training begins a signal puts everything back as it was.
+            while "| loss" not in running.stdout.readline():
+                assert running.poll() is None
             running.send_signal(signal.SIGTERM)
             running.stdout.read()
             assert running.wait() == 143
