@@ -48,21 +48,19 @@ __global__ void __launch_bounds__(BLOCK) copy_kernel(const T* from, T* first, T*
     }
 }
 
-template <class T, class>
-using Always = T;
+template <class T, int W, class F, class... Inputs>
+void launch_map(F f, size_t n, T* out, const Inputs*... inputs) {
+    Launch(ceil_div<size_t>(n, BLOCK * W), BLOCK)(map_kernel<T, W, F, Inputs...>, f, n, out, inputs...);
+}
 
 template <class F, class... Inputs>
 void map(DType type, F f, size_t n, void* out, Inputs... inputs) {
     by_type(type, [&](auto zero) {
         using T = decltype(zero);
-        const auto run = [&](auto kernel, size_t width) {
-            Launch(ceil_div<size_t>(n, BLOCK * width), BLOCK)(kernel, f, n, static_cast<T*>(out),
-                                                              static_cast<const T*>(inputs)...);
-        };
         if (vectors_fit<T>(0, static_cast<const void*>(out), inputs...))
-            run(map_kernel<T, VECTOR<T>, F, Always<T, Inputs>...>, VECTOR<T>);
+            launch_map<T, VECTOR<T>>(f, n, static_cast<T*>(out), static_cast<const T*>(inputs)...);
         else
-            run(map_kernel<T, 1, F, Always<T, Inputs>...>, 1);
+            launch_map<T, 1>(f, n, static_cast<T*>(out), static_cast<const T*>(inputs)...);
     });
 }
 
