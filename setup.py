@@ -26,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,6 +109,18 @@ INSTALL = {
         "brew install libomp",
     ),
 }
+
+
+def require_tools():
+    """Stops where setuptools or Cython are older than pyproject.toml asks; pip looks at that, `python setup.py` not."""
+    with open("pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["build-system"]["requires"]
+    for name, oldest in (re.match(r"(\w+)>=([\d.]+)", each).groups() for each in wanted):
+        found = sys.modules[name].__version__
+        if [*map(int, re.findall(r"\d+", found)[:3])] < [*map(int, oldest.split("."))]:
+            raise SystemExit(
+                f"\npyllmc cannot be built: {name} {found} is too old; python -m pip install '{name}>={oldest}'\n"
+            )
 
 
 def how_to_install(what, detail):
@@ -421,4 +434,5 @@ class BuildExt(build_ext):
 
 
 if __name__ == "__main__":
+    require_tools()
     setup(ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildExt})

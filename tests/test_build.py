@@ -7,6 +7,7 @@ tests show: tests/test_packaging.py from the source distribution.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("Cython", minversion="3.3")
+pytest.importorskip("Cython", minversion="3.0.12")
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +150,20 @@ runpy.run_path("setup.py", run_name="__main__")
         assert command in text
 
 
+@pytest.mark.parametrize(
+    ("module", "found", "wanted"), [("setuptools", "76.1", "setuptools>=77"), ("Cython", "3.0.11", "Cython>=3.0.12")]
+)
+def test_a_tool_that_is_too_old(tree, module, found, wanted):
+    code = f"""
+import runpy, sys, {module}
+{module}.__version__ = {found!r}
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    text = refusal(tree.run("-c", code))
+    assert text == f"pyllmc cannot be built: {module} {found} is too old; python -m pip install '{wanted}'"
+
+
 def test_a_processor_without_vectors(tree):
     text = refusal(tree.run("setup.py", "build_ext", PREPEND="-U__SSE2__ -U__ARM_NEON"))
     assert "SSE2" in text and "NEON" in text and platform.machine() in text
@@ -167,6 +182,16 @@ def test_the_default_build_and_its_report(tree):
         assert report["ISA"].startswith("baseline, avx2, avx512;")
     assert report["OpenMP"] == "yes" and report["build"] == "release" and report["CUDA"].startswith("no: ")
     assert "left out" not in report
+
+
+def test_no_conversion_that_calls_itself_where_all_that_is_inline_is_inlined(tree):
+    """As Cython before 3.3 makes them; gcc refuses that. So integers of Python become Py_ssize_t and nothing else."""
+    tree.build()
+    sources = list(tree.folder.glob("build/cython/*/pyllmc/_ops/*.c"))
+    assert sources
+    for source in sources:
+        found = re.findall(r"__pyx_\w+ = __Pyx_PyLong_As_\w+\(", source.read_text())
+        assert not found, f"{source.name}: {found}"
 
 
 def test_compiles_again_only_what_changed(tree):

@@ -17,7 +17,7 @@ import pytest
 import pyllmc
 from pyllmc._ops import isa
 
-pytest.importorskip("Cython", minversion="3.1")
+pytest.importorskip("Cython", minversion="3.0.12")
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).resolve().parent.parent

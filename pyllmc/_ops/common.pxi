@@ -28,10 +28,12 @@ cdef enum:
 cdef int thread_cap = 0     # the container's share of the processors, 1 in a forked child, 0 where there is no cap
 
 
-def limit_threads(int cap):
+# From Python's integers only to Py_ssize_t: what Cython before 3.3 writes for any other type of C calls itself, and where
+# every inline function has to be inlined (setup.py) gcc refuses that.
+def limit_threads(Py_ssize_t cap):
     """Never use more than `cap` threads, whatever OpenMP says; 0 lifts the cap. Called by pyllmc._ops.isa."""
     global thread_cap
-    thread_cap = cap
+    thread_cap = <int> cap
 
 
 def get_num_threads() -> int:
@@ -47,7 +49,8 @@ def set_num_threads(num_threads) -> None:
     """
     if not isinstance(num_threads, Integral) or not 1 <= num_threads <= MAX_THREADS:
         raise ValueError(f"set_num_threads: the number of threads must lie in 1..{MAX_THREADS}, got {num_threads}")
-    set_omp_threads(num_threads)
+    cdef Py_ssize_t wanted = num_threads
+    set_omp_threads(<int> wanted)
 
 
 cdef inline int threads() noexcept:
