@@ -45,7 +45,7 @@ stage_test() {
     "$PYTHON" -m pytest -q -p no:cacheprovider -W default -o faulthandler_timeout=120 \
         -o faulthandler_exit_on_timeout=true --device cuda --maxfail 30 tests | tee "$scratch"
     local status=${PIPESTATUS[0]}
-    echo "note: $(tail -n 1 "$scratch")"
+    note "$(tail -n 1 "$scratch")"
     return "$status"
 }
 
@@ -53,7 +53,7 @@ stage_repeat() {
     needs "$1" numpy || return $missing
     "$PYTHON" tests/repeated.py 2>&1 | tee "$scratch"
     local status=${PIPESTATUS[0]}
-    echo "note: $(tail -n 1 "$scratch")"
+    note "$(tail -n 1 "$scratch")"
     return "$status"
 }
 
@@ -84,7 +84,7 @@ stage_parity() {
     needs "$1" torch tiktoken || return $missing
     "$PYTHON" bench/parity.py --json "$OUT/parity.json" | tee "$scratch"
     local status=${PIPESTATUS[0]}
-    echo "note: $(grep '^at most' "$scratch" | tail -n 1)"
+    note "$(grep '^at most' "$scratch" | tail -n 1)"
     return "$status"
 }
 
@@ -92,11 +92,16 @@ stage_bench() {
     needs "$1" torch pytest pytest_benchmark || return $missing
     "$PYTHON" bench/compare.py --device cuda --details --threads "$(nproc)" --json "$OUT/bench.json" | tee "$scratch"
     local status=${PIPESTATUS[0]}
-    echo "note: $(grep 'targets met$' "$scratch" | tail -n 1)"
+    note "$(grep 'targets met$' "$scratch" | tail -n 1)"
     return "$status"
 }
 
 # ---- what they share -------------------------------------------------------------------------------------------------
+
+# note TEXT: the line for the table; none where there is nothing to tell, so that the last that was said goes there.
+note() {
+    if [ -n "$1" ]; then echo "note: $1"; fi
+}
 
 # needs STAGE MODULE...: says which of Python's modules are missing; false where some are.
 needs() {

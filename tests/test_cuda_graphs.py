@@ -1,6 +1,7 @@
 """recorder(): what a function enqueues is recorded once and replayed: the same bits as without, no memory of others
 touched, and each call made as ever where nothing can be recorded."""
 
+import gc
 import threading
 from types import SimpleNamespace
 
@@ -231,6 +232,7 @@ def test_a_model_trains_to_the_same_bits_with_graphs_and_without(device, monkeyp
 def test_a_graph_goes_with_the_model(device):
     """No circle of references keeps a model's memory until Python looks for such. What the driver takes for kernels at
     their first launch, and for the first graph, stays."""
+    gc.collect()  # what others left would go in between
     free = []
     for _ in range(3):
         model = GPT2(CONFIG, ops=device.op_set("bfloat16"))

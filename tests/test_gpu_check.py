@@ -19,6 +19,7 @@ case "$*" in
     *backend\\(*) echo "note: NVIDIA H200" ;;
     "- "*results.json* | -c*) exec {python} "$@" ;;
     "- "*) if [ -n "${{LACKS:-}}" ]; then exec {python} - "$2" "$LACKS"; fi ;;
+    *) if [ -n "${{GPU:-}}" ]; then echo "error: no NVIDIA driver was found" >&2; exit 1; fi ;;&
     "setup.py build_ext --inplace") echo "archs $PYLLMC_CUDA_ARCHS cuda $PYLLMC_CUDA"; exit "${{BUILD:-0}}" ;;
     "-m pytest "*) echo "812 passed in 40.00s" ;;
     tests/repeated.py) echo "${{REPEATED:-the same bits}}"; exit "${{REPEAT:-0}}" ;;
@@ -106,6 +107,12 @@ def test_a_stage_that_fails_does_not_keep_the_next_from_running(check):
     found = results(out)
     assert code == 1 and [stage["result"] for stage in found.values()] == ["FAILED", "ok"]
     assert re.search(r"^build +FAILED", printed, re.MULTILINE) and found["build"]["note"] == "archs 90a cuda 1"
+
+
+def test_a_stage_that_ends_early_is_noted_by_the_last_that_it_said(check):
+    code, _, out = check("parity", "test", GPU="none")
+    found = {(stage["result"], stage["note"]) for stage in results(out).values()}
+    assert code == 1 and found == {("FAILED", "error: no NVIDIA driver was found")}
 
 
 def test_bits_that_differ_fail_with_what_differs(check):
