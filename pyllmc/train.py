@@ -457,6 +457,9 @@ def _train(run: Run, request: Request, claim: runs.Claim | None) -> int:
     if stop.signal is not None:
         to_go_on = f"to go on:  {_command('train', '--out', folder, '--resume')}" if keeps else "nothing was saved"
         console.line(f"\nstopped after step {done}{skips}; {to_go_on}")
+        # Of several processes a launcher ends the rest as soon as one has left.
+        if claim and done and run.group.size == 1 and not request.temporary:
+            _draw_what_was_done(folder, claim)
         return stop.exit_code
     seconds = format_duration(time.perf_counter() - begin)
     losses = f": validation loss {run.validation_loss:.4f} nats per token" if run.val_loader else ""
@@ -479,6 +482,14 @@ def _show_folder(run: Run) -> None:
     console.line(f"{folder}: {', '.join(runs.run_files(folder))}")
     if run.settings.checkpoint_every >= 0:
         console.line(f"to continue text with this model:  {_command('generate', '--checkpoint', folder)}")
+
+
+def _draw_what_was_done(folder: Path, claim: runs.Claim) -> None:
+    """The picture of a run that was stopped, if it can be had: all has been said, and the exit code is known. A second
+    signal ends the drawing."""
+    with contextlib.suppress(Exception, KeyboardInterrupt):
+        claim.check()
+        plot_runs(read_runs([folder]))
 
 
 def _command(program: str, *arguments) -> str:

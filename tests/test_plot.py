@@ -3,13 +3,14 @@
 import math
 import os
 import re
+import signal
 import struct
 import sys
 from pathlib import Path
 
 import pytest
 
-from pyllmc import cli, curves, plot
+from pyllmc import cli, curves, plot, train
 from pyllmc.config import GPT2Config
 from pyllmc.logs import MainLog, Times, Update
 
@@ -362,3 +363,53 @@ def test_a_log_that_is_a_pipe_is_told(tmp_path, capsys):
         os.mkfifo(folder / name)
         assert run(folder) == 1
         assert f"{folder / name}: not a regular file" in capsys.readouterr().err
+
+
+# ---- of a run that is stopped ----------------------------------------------------------------------------------------
+
+
+STOPPED = [
+    "--text", "notes.txt", "--out", "run", "--layers", "1", "--heads", "2", "--channels", "16", "--context", "16",
+    "--batch-size", "2", "--max-steps", "9", "--val-every", "3", "--threads", "1",
+]  # fmt: skip
+
+
+def stopped_in(monkeypatch, part: str, number: int) -> int:
+    """The exit code of a run that gets this signal at its first call of a part of the loop."""
+    real = getattr(train, part)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, part, interrupted)
+    return cli.run_main(train.main, STOPPED)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_drawn(number, code, in_folder_with_text, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert stopped_in(monkeypatch, "_train_step", number) == code
+    assert Path("run/loss.png").read_bytes().startswith(PNG)
+    out, err = capsys.readouterr()
+    assert out.endswith("stopped after step 1; to go on:  python -m pyllmc.train --out run --resume\n")
+    assert "picture" not in out + err
+
+
+def test_a_run_that_is_stopped_before_its_first_update_is_not_drawn(in_folder_with_text, monkeypatch):
+    monkeypatch.setattr(train, "plot_runs", lambda *runs: pytest.fail("there is nothing to draw"))
+    assert stopped_in(monkeypatch, "_validate", signal.SIGINT) == 130
+    assert not Path("run/loss.png").exists()
+
+
+@pytest.mark.parametrize("error", [ImportError("no matplotlib"), RuntimeError("a font"), KeyboardInterrupt()])
+def test_what_a_stopped_run_says_and_its_exit_code_do_not_depend_on_the_picture(
+    error, in_folder_with_text, monkeypatch, capsys
+):
+    def failing(runs):
+        raise error
+
+    monkeypatch.setattr(train, "plot_runs", failing)
+    assert stopped_in(monkeypatch, "_train_step", signal.SIGTERM) == 143
+    out, err = capsys.readouterr()
+    assert out.endswith("--resume\n") and err == ""
