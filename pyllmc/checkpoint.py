@@ -203,13 +203,17 @@ def find_latest(
     """The newest checkpoint whose files are whole, for all ranks, or None; each newer, damaged one is told to `report`
     in one line, by rank 0.
 
-    Without `with_state` only the model file is looked at: enough to generate.
+    Without `with_state` only the model file is looked at: enough to generate, also while a run goes on in the folder.
     """
-    for step in reversed(group.gather(list_steps(folder))[0]):
+    tried: set[int] = set()
+    # Listed anew each time: a run that goes on removes what was the newest when there is a newer one.
+    while steps := [step for step in group.gather(list_steps(folder))[0] if step not in tried]:
+        step = steps[-1]
+        tried.add(step)
         try:
             return _verified(Path(folder), step, group, with_state)
         except Damaged as error:
-            if group.rank == 0:
+            if group.rank == 0 and step in list_steps(folder):
                 report(f"checkpoint {step} in {folder} is damaged and not used: {error}")
     return None
 

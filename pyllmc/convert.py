@@ -16,7 +16,7 @@ from pathlib import Path
 from . import cli, huggingface, modelfile
 from .floats import DTYPES
 from .model import model_folder, model_format
-from .runs import find_model
+from .runs import find_model, opened
 from .tokenizer import GPT2Tokenizer, find_tokenizer
 
 
@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    source, target = find_model(args.source), args.target
+    target = args.target
     to_file = target.suffix == ".bin"
     if to_file and target.exists():
         raise ValueError(f"{target}: is there already; name a new file")
@@ -48,18 +48,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target}: a model file has float32 or bfloat16 numbers, --dtype float16 is for a folder")
     if not to_file:
         huggingface.check_new_folder(target)
-    read = model_format(source)
-    header = read.read_header(source)
-    config, dtype = header.config, args.dtype or header.dtype
+
+    def open_one(source: Path):
+        read = model_format(source)
+        header = read.read_header(source)
+        tokenizer = None if to_file else find_tokenizer([model_folder(source)], header.config.vocab_size)
+        return source, header.dtype, tokenizer, *read.read_model(source)
+
+    source, dtype, tokenizer, config, flat = opened(lambda: find_model(args.source), open_one)
+    dtype = args.dtype or dtype
     if to_file:
         dtype = dtype if dtype in modelfile.DTYPE_VERSIONS else "float32"
-        modelfile.write_model(target, *read.read_model(source), dtype)
+        modelfile.write_model(target, config, flat, dtype)
         note = ""
     else:
-        tokenizer = find_tokenizer([model_folder(source)], config.vocab_size)
-        huggingface.write_model(
-            target, *read.read_model(source), dtype, tokenizer=tokenizer, max_shard_bytes=args.shard_megabytes * 10**6
-        )
+        shard_bytes = args.shard_megabytes * 10**6
+        huggingface.write_model(target, config, flat, dtype, tokenizer=tokenizer, max_shard_bytes=shard_bytes)
         note = f", without tokenizer files: transformers has no tokenizer for these {config.vocab_size} tokens"
         if isinstance(tokenizer, GPT2Tokenizer):
             note = ", with the tokenizer that AutoTokenizer loads"

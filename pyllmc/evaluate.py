@@ -21,7 +21,7 @@ from .dataloader import DataLoader
 from .datasets.progress import Progress
 from .model import GPT2
 from .questions import Questions
-from .runs import find_model
+from .runs import find_model, opened
 
 # The option of each set of questions, and what it is called.
 QUESTIONS = {"hellaswag": "HellaSwag", "mmlu": "MMLU"}
@@ -102,9 +102,11 @@ def asked_for(args: argparse.Namespace) -> dict[str, Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    path = find_model(args.model)
     hardware.set_threads(args.threads)
-    model = GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
+    path, model = opened(
+        lambda: find_model(args.model),
+        lambda path: (path, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))),
+    )
     config = model.config
     T = args.seq_len or config.max_seq_len
     if T > config.max_seq_len:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import functools
 import itertools
 import operator
 import sys
@@ -29,7 +30,7 @@ from .checkpoint import find_latest
 from .config import GPT2Config
 from .model import GPT2, DecodeCache, model_folder, model_format
 from .rng import Xorshift64Star
-from .runs import find_model
+from .runs import find_model, opened
 from .tokenizer import TokenIds, Tokenizer, find_tokenizer
 
 OUT = Path("out")
@@ -336,14 +337,18 @@ def parse_arguments(argv: Sequence[str] | None):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    path = find_model(args.checkpoint) if args.checkpoint else newest_model()
-    config = model_format(path).read_header(path).config  # so that a wrong file is told before what is beside it
-    try:
-        tokenizer = find_tokenizer([model_folder(path)], config.vocab_size)
-    except ValueError as error:
-        raise ValueError(f"{error} (the model is {path})") from None
     hardware.set_threads(args.threads)
-    model = GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
+
+    def open_one(path: Path) -> tuple[Path, Tokenizer, GPT2]:
+        config = model_format(path).read_header(path).config  # so that a wrong file is told before what is beside it
+        try:
+            tokenizer = find_tokenizer([model_folder(path)], config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{error} (the model is {path})") from None
+        return path, tokenizer, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
+
+    find = newest_model if args.checkpoint is None else functools.partial(find_model, args.checkpoint)
+    path, tokenizer, model = opened(find, open_one)
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
     if isinstance(tokenizer, TokenIds):
         print("no tokenizer.bin beside it, and not GPT-2's tokens: these are the token ids", file=sys.stderr)

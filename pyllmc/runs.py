@@ -10,9 +10,9 @@
     .lock                           who trains here, or did: JSON; locked as long as the process lives
 
 Programs that only read a run (generate, evaluate, plot, verify) take no lock: every file but those of record.py appears
-complete. Called by train.py and llmc.py: `claimed` is the block in which a run owns its folder; and for `find_model` by
-prepare.py, generate.py, evaluate.py and convert.py. Calls settings.py, checkpoint.py, huggingface.py, lock.py and
-files.py, and takes the names of the files from the modules that write them.
+complete. Called by train.py and llmc.py: `claimed` is the block in which a run owns its folder; and for a model by
+prepare.py (`find_model`), generate.py, evaluate.py and convert.py (`opened` too). Calls settings.py, checkpoint.py,
+huggingface.py, lock.py and files.py, and takes the names of the files from the modules that write them.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import huggingface
 from .checkpoint import FILE_NAME, find_latest, list_steps
@@ -78,6 +79,15 @@ def find_model(named: Path) -> Path:
     if str(named) in huggingface.HUB_NAMES:
         return huggingface.find_folder(named)
     raise ValueError(f"{named}: there is no such model file; name one, or the folder of a run or of Hugging Face")
+
+
+def opened(find: Callable[[], Path], open_one: Callable[[Path], Any]) -> Any:
+    """open_one(find()) of a model file; where it is gone meanwhile, both once more: a run that goes on removes its
+    older checkpoints when a newer one is whole."""
+    try:
+        return open_one(find())
+    except FileNotFoundError:
+        return open_one(find())
 
 
 class Claim:

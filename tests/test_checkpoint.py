@@ -119,6 +119,33 @@ def test_the_newest_is_found(three_checkpoints):
     assert latest(three_checkpoints / "missing") == (None, [])
 
 
+@pytest.mark.parametrize("with_state", [True, False])
+def test_what_a_run_removes_meanwhile_is_not_damaged(three_checkpoints, monkeypatch, with_state):
+    """A run that goes on makes newer ones first: the newest is looked for again."""
+    aside = three_checkpoints.with_name("aside")
+    aside.mkdir()
+    for path in [*three_checkpoints.glob("*3*"), *three_checkpoints.glob("*2*")]:
+        path.rename(aside / path.name)
+    read = checkpoint._read_manifest
+
+    def removed_meanwhile(folder, step, *others):
+        if step == 1:
+            for path in aside.iterdir():
+                path.rename(folder / path.name)
+            checkpoint.Checkpoint(folder, 1).remove()
+        return read(folder, step, *others)
+
+    monkeypatch.setattr(checkpoint, "_read_manifest", removed_meanwhile)
+    assert latest(three_checkpoints, with_state=with_state) == (3, [])
+
+    def all_removed(folder, step, *others):
+        checkpoint.Checkpoint(folder, step).remove()
+        return read(folder, step, *others)
+
+    monkeypatch.setattr(checkpoint, "_read_manifest", all_removed)
+    assert latest(three_checkpoints, with_state=with_state) == (None, [])
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from pyllmc import cli, runs, train
+from pyllmc import GPT2Config, checkpoint, cli, convert, evaluate, generate, runs, train
+from pyllmc.model import GPT2
+from pyllmc.optimizer import AdamW
 from pyllmc.settings import Settings
 
 DATA = {"train.bin": "tokens", "val.bin": "tokens", "tokenizer.bin": "vocabulary", "tokenizer.json": "{}"}
@@ -327,3 +329,33 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write in this folder: No space") as error:
         runs.claimed(tmp_path / "exp", resume=False).__enter__()
     assert error.value.filename == str(tmp_path / "exp") and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("program", [generate, evaluate, convert])
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_model_that_a_run_removes_before_it_is_opened(program, newer, tmp_path, monkeypatch, capsys):
+    """The programs that read a model look once more, and find the newer one that took its place."""
+    monkeypatch.chdir(tmp_path)
+    model = GPT2(GPT2Config(1, 1, 8, 5, 8))
+    checkpoint.save_checkpoint(make(tmp_path / "run", {}), 3, model, AdamW(model))
+    verified = checkpoint._verified
+
+    def removed_when_found(folder, step, *others):
+        found = verified(folder, step, *others)
+        if step == 3:
+            found.remove()
+            if newer:
+                checkpoint.save_checkpoint(folder, 4, model, AdamW(model))
+        return found
+
+    monkeypatch.setattr(checkpoint, "_verified", removed_when_found)
+    arguments = {generate: ["--checkpoint", "run", "--max-new-tokens", "1"], convert: ["run", "model.bin"]}
+    code = cli.run_main(program.main, arguments.get(program, ["run", "--hellaswag", "none.bin"]))
+    out, err = capsys.readouterr()
+    if newer and program is evaluate:
+        assert code == 1 and err.startswith("error: none.bin: "), "the model is there, the questions are not"
+    elif newer:
+        assert code == 0 and "model_00000004.bin" in out + err
+    else:
+        assert code == 1
+        assert err == "error: run: no checkpoint in this folder; name the folder of a run, or a model file\n"
