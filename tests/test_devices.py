@@ -375,10 +375,11 @@ def test_bytes_are_what_is_allocated(gpu, monkeypatch):
 
 
 @pytest.fixture
-def stand_in(machine, gpu, monkeypatch):
-    """The stand-in, whose free memory can be set."""
+def stand_in(gpu, monkeypatch, request):
+    """The stand-in, whose free memory can be set; where there is a GPU it need not be compiled."""
     if not hasattr(ctypes.CDLL(gpu.__file__), "shim_free_memory"):
         pytest.skip("only the stand-in's memory can be set")
+    machine = request.getfixturevalue("machine")
     monkeypatch.setattr("pyllmc.hardware.SMALL_BYTES", 0)
     monkeypatch.setattr(devices, "scratch_bytes", lambda *sizes: 0)
     return machine
