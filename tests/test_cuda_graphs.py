@@ -158,6 +158,22 @@ def test_what_cannot_be_recorded_is_called_each_time(device, request, where):
     assert np.diff(calls)[2:].tolist() == [1, 1], "recording is tried once"
 
 
+def test_a_product_that_is_new_while_it_is_recorded_is_called_each_time(device):
+    """The library tells no algorithms then."""
+    run, double = device.recorder(), Doubling(device)
+
+    def function(array):
+        double(array)
+        if double.calls > 1:
+            device.matmul_forward(array, device.zeros((7, 5)))
+
+    for value in range(5):
+        host = np.full(double.out.shape, value, np.float32)
+        run(function, device.from_host(host))
+        np.testing.assert_array_equal(device.to_host(double.out), 2 * host)
+    assert double.calls in (2, 6), "recorded, or tried once"
+
+
 def test_an_error_of_the_function_is_raised_and_nothing_stays_recorded(device):
     run, double = device.recorder(), Doubling(device)
 

@@ -87,6 +87,16 @@ def test_a_barrier_left_out_is_noticed(cuda_shim, barriers):
     assert unnoticed - seen == UNNOTICED.keys()
 
 
+@pytest.mark.parametrize(("error", "told"), [(2, MemoryError), (9, RuntimeError)], ids=["out of memory", "another"])
+def test_a_launch_that_fails_is_told_once_and_as_what_it_is(cuda_shim, barriers, error, told):
+    """A kernel's code is loaded at its first launch, which takes memory."""
+    array = cuda_shim.zeros((5,))
+    barriers.library.shim_fail(error)
+    with pytest.raises(told, match=r"(out of GPU memory: )?gelu.cu:\d+: kernel launch: "):
+        cuda_shim.gelu_forward(array)
+    assert not cuda_shim.to_host(cuda_shim.gelu_forward(array)).any()
+
+
 @pytest.mark.parametrize("op", cases.CASES)
 def test_any_order_of_threads_gives_the_same_bits(cuda_shim, barriers, op):
     device = OnDevice(cuda_shim)

@@ -21,7 +21,8 @@ from test_cuda_ops import bf16, check
 from pyllmc._cuda import libraries
 
 BIAS, DGELU, BGRADB = 4, 64, 512  # bits of the library's epilogues
-NONE, AS_INVALID = BIAS | DGELU | BGRADB, 1 << 31  # they are refused as invalid values
+NONE = BIAS | DGELU | BGRADB
+AS_INVALID, AT_THE_CALL = 1 << 31, 1 << 30  # they are refused as invalid values; after an algorithm was named
 FUSED = {"C": 64, "OC": 40, "leading": (2, 24)}
 AFTER = {
     "matmul_forward": [
@@ -77,7 +78,11 @@ def kinds(cuda):
 # ---- what is done after a product ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refused", [0, NONE, NONE | AS_INVALID], ids=["all", "none", "none is valid"])
+@pytest.mark.parametrize(
+    "refused",
+    [0, NONE, NONE | AS_INVALID, NONE | AT_THE_CALL],
+    ids=["all", "none", "none is valid", "none at the call"],
+)
 @pytest.mark.parametrize("case", COMBINATIONS, ids=str)
 def test_library_and_kernels_give_the_same(cuda, stand_in, case, refused):
     stand_in.refuse(refused)
@@ -104,6 +109,14 @@ def test_bfloat16_leaves_to_the_library_what_it_can(cuda, case, after):
     assert sorted(kind.partition(" align")[0].split(" ", 5)[5:] for kind in kinds(cuda)) == sorted(
         [text] if text else [] for text in after
     )
+
+
+def test_what_was_refused_at_the_call_is_not_asked_for_again(cuda, stand_in):
+    stand_in.refuse(NONE | AT_THE_CALL)
+    check(OnDevice(cuda, "bfloat16"), COMBINATIONS[0])
+    stand_in.refuse(0)
+    check(OnDevice(cuda, "bfloat16"), COMBINATIONS[0])
+    assert not [kind for kind in kinds(cuda) if "bias" in kind]
 
 
 def test_on_hopper_the_library_has_all_that_it_is_asked_for(gpu):

@@ -31,11 +31,12 @@ case "$*" in
 esac
 """
 SANITIZER = """#!/bin/bash
-# --tool NAME --error-exitcode 9 PROGRAM...
+# --tool NAME ... PYTHON PROGRAM
 echo "========= COMPUTE-SANITIZER"
 tool=$2
+echo "$*" >>"$CALLS"
 if [ "${DEVICE:-}" = refused ]; then echo "========= Device not supported"; exit 0; fi
-"${@:5}"
+"${@: -2}"
 if [ "$tool" = racecheck ]; then
     echo "========= RACECHECK SUMMARY: ${HAZARDS:-0} hazards displayed (${HAZARDS:-0} errors, 0 warnings)"
     exit $((${HAZARDS:-0} ? 9 : 0))
@@ -88,6 +89,13 @@ def test_all_stages_run_in_order_and_the_table_comes_last(check):
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [*(f"{stage}.log" for stage in STAGES), "bench.json", "results.json"]
     )
+
+
+def test_only_memcheck_looks_at_the_libraries_kernels(check):
+    check("sanitize")
+    calls = [line for line in Path(os.environ["CALLS"]).read_text().splitlines() if line.startswith("--tool ")]
+    assert [call.split()[1] for call in calls] == ["memcheck", "racecheck", "synccheck"]
+    assert ["--kernel-name kernel_substring=pyllmc " in call for call in calls] == [False, True, True]
 
 
 def test_only_what_is_asked_for_runs(check):

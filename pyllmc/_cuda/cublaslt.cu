@@ -285,16 +285,20 @@ bool product(const Product& p) {
     Library& of = library();
     const std::lock_guard<std::mutex> lock(of.mutex);
     if (of.handle == nullptr) throw std::runtime_error("cublaslt.cu: the library was not opened");
+    stream();  // this thread is bound to the device before the library looks for it
     const Key key = key_of(p);
     auto at = of.plans.find(key);
     if (at == of.plans.end())
         at = of.plans.emplace(key, make_plan(key, p)).first;
     else if (at->second.there)
         point(at->second, p);
-    const Plan& plan = at->second;
+    Plan& plan = at->second;
     if (plan.there) {
-        check_status(multiply(plan, plan.algorithm, plan.workspace, p, p.out), "Matmul", __LINE__);
-        return true;
+        const lt::Status status = multiply(plan, plan.algorithm, plan.workspace, p, p.out);
+        if (status == lt::SUCCESS) return true;
+        // It may name an algorithm and refuse it all the same; the bits of what is recorded stay as they were before.
+        if (p.after == After::NOTHING || is_recording()) check_status(status, "Matmul", __LINE__);
+        plan.there = false;
     }
     if (p.after == After::NOTHING) throw std::runtime_error("cuBLASLt has no product " + name_of(key));
     return false;

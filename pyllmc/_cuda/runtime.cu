@@ -12,8 +12,12 @@ namespace pyllmc {
 
 void fail(cudaError_t error, const char* call, const char* file, int line) {
     const char* name = std::strrchr(file, '/');
-    throw std::runtime_error(std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line) + ": " + call +
-                             ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+    const std::string text = std::string(name == nullptr ? file : name + 1) + ":" + std::to_string(line) + ": " + call +
+                             ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+    cudaGetLastError();  // or the next launch would report it
+    // A kernel is loaded at its first launch, which takes memory too.
+    if (error == cudaErrorMemoryAllocation) throw OutOfMemory("out of GPU memory: " + text);
+    throw std::runtime_error(text);
 }
 
 namespace {

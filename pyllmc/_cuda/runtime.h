@@ -9,7 +9,7 @@
 
 namespace pyllmc {
 
-// Throws "file:line: call: what went wrong".
+// Throws "file:line: call: what went wrong", OutOfMemory where memory is what went wrong.
 [[noreturn]] void fail(cudaError_t error, const char* call, const char* file, int line);
 
 #define CHECK(call)                                                        \
@@ -69,10 +69,10 @@ struct Launch {
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
 #ifdef __CUDACC__
         kernel<<<grid, block, shared, on>>>(static_cast<P>(arguments)...);
-        throw_on(cudaGetLastError());
 #else
-        throw_on(shim::launch(kernel, grid, block, shared, on, static_cast<P>(arguments)...));
+        shim::launch(kernel, grid, block, shared, on, static_cast<P>(arguments)...);
 #endif
+        throw_on(cudaPeekAtLastError());
     }
 
 private:

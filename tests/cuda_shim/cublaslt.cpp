@@ -54,7 +54,8 @@ constexpr size_t WORKSPACE = 1 << 20;  // what every second algorithm wants
 
 // For the tests: algorithms that take longer, epilogues that there are not, the version.
 unsigned slow = 0, refused = 0;
-constexpr unsigned AS_INVALID = 1u << 31;
+constexpr unsigned AS_INVALID = 1u << 31, AT_THE_CALL = 1u << 30;
+constexpr auto INTERNAL_ERROR = static_cast<Status>(14);
 size_t version = 130101;
 std::string reason;
 
@@ -69,6 +70,12 @@ Status unsupported(const char* why) {
 }
 
 bool aligned(const void* data, uint64_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
+
+// While a graph is captured the real one of CUDA 13.3 cannot find out what it runs on, so it names no algorithms.
+bool capturing() {
+    reason = "CUBLAS_STATUS_INTERNAL_ERROR: a graph is captured";
+    return shim::not_captured() != cudaSuccess;
+}
 
 // Whether this is a product at all, and one that is used.
 Status check(const DescOpaque& desc, const LayoutOpaque& a, const LayoutOpaque& b, const LayoutOpaque& c,
@@ -85,7 +92,8 @@ Status check(const DescOpaque& desc, const LayoutOpaque& a, const LayoutOpaque& 
     if (d.type != a.type && (d.type != R_32F || desc.epilogue != DEFAULT)) return unsupported("this type of D");
     if (desc.compute == COMPUTE_32F_FAST_TF32 && a.type != R_32F) return unsupported("TF32 of another type");
     if (desc.epilogue == DEFAULT) return SUCCESS;
-    if (refused & desc.epilogue) return refused & AS_INVALID ? invalid("refused") : unsupported("refused");
+    if (refused & desc.epilogue && !(refused & AT_THE_CALL))
+        return refused & AS_INVALID ? invalid("refused") : unsupported("refused");
     for (const LayoutOpaque* each : {&a, &b, &d})
         if (static_cast<uint64_t>(each->ld) * each->item() % 16) return unsupported("an epilogue with such columns");
     const bool forward = desc.a == T && desc.b == N;
@@ -260,6 +268,7 @@ EXPORTED Status cublasLtMatmulAlgoGetHeuristic(Handle handle, Desc desc, Layout 
                                                Preference preference, int most, Candidate* candidates, int* found) {
     *found = 0;
     if (handle == nullptr || most < 1) return invalid("a handle, a number of algorithms");
+    if (capturing()) return INTERNAL_ERROR;
     if (preference->reduction != REDUCTION_SCHEME_COMPUTE_TYPE) return invalid("sums in the output's type");
     if (const Status status = check(*desc, *a, *b, *c, *d); status != SUCCESS) return status;
     if (desc->epilogue != DEFAULT)
@@ -281,6 +290,7 @@ EXPORTED Status cublasLtMatmulAlgoGetHeuristic(Handle handle, Desc desc, Layout 
 
 EXPORTED Status cublasLtMatmulAlgoCheck(Handle, Desc desc, Layout a, Layout b, Layout c, Layout d,
                                         const Algorithm* algorithm, Candidate* result) {
+    if (capturing()) return INTERNAL_ERROR;
     if (const Status status = check(*desc, *a, *b, *c, *d); status != SUCCESS) return status;
     result->workspace = algorithm->data[2] % 2 ? WORKSPACE : 0;
     return check_algorithm(*algorithm, *desc, *a, *b, *d);
@@ -308,6 +318,7 @@ Status check(const Call& of) {
     const void* const addresses[] = {of.a, of.b, of.c, of.d};
     for (int i = 0; i < 4; ++i)
         if (!aligned(addresses[i], of.algorithm.data[3 + i])) return invalid("an address is less aligned than was said");
+    if (refused & AT_THE_CALL && refused & of.desc.epilogue) return unsupported("refused at the call");
     if (of.factor != 1.0f || (of.keep != 0.0f && of.keep != 1.0f)) return invalid("factors that are not used");
     const uint64_t d_bytes = of.of_d.bytes();
     if (overlap(of.d, d_bytes, of.a, of.of_a.bytes()) || overlap(of.d, d_bytes, of.b, of.of_b.bytes()))
@@ -372,7 +383,7 @@ EXPORTED Status cublasLtMatmul(Handle handle, Desc desc, const void* alpha, cons
 // ---- for the tests, through ctypes -----------------------------------------------------------------------------------
 
 // Algorithms of these bits take 2 ms longer; there are no epilogues that have one of these bits, which AS_INVALID calls
-// invalid values; the version.
+// invalid values, and for which AT_THE_CALL names algorithms before it refuses them; the version.
 EXPORTED void shim_cublaslt_slow(unsigned bits) { slow = bits; }
 EXPORTED void shim_cublaslt_refuse(unsigned bits) { refused = bits; }
 EXPORTED void shim_cublaslt_version(size_t number) { version = number; }

@@ -25,6 +25,7 @@ uint64_t block_count = 0;
 bool reversed = false;
 std::string error_text;
 cudaError_t last_error = cudaSuccess;
+cudaError_t of_next_launch = cudaSuccess;
 
 namespace {
 
@@ -311,6 +312,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 size, size_t shared, Body body, void* arguments) {
+    if (of_next_launch != cudaSuccess) return failed(std::exchange(of_next_launch, cudaSuccess), "as was asked for");
     const uint64_t threads = static_cast<uint64_t>(size.x) * size.y * size.z;
     const bool grid_fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
     if (!grid_fits || threads == 0 || threads > MAX_THREADS || size.z > 64)
@@ -405,5 +407,8 @@ EXPORTED int shim_barriers(char* text, int size) {
 
 // From now on no thread waits at the barrier, or for the copies, of this line; line 0 brings it back.
 EXPORTED void shim_skip_barrier(const char* file, int line) { shim::skipped = {file, line}; }
+
+// The next launch fails with this error.
+EXPORTED void shim_fail(int error) { shim::of_next_launch = static_cast<cudaError_t>(error); }
 
 EXPORTED void shim_reverse(int reversed) { shim::reversed = reversed != 0; }
