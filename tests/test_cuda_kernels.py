@@ -97,6 +97,19 @@ def test_a_launch_that_fails_is_told_once_and_as_what_it_is(cuda_shim, barriers,
     assert not cuda_shim.to_host(cuda_shim.gelu_forward(array)).any()
 
 
+def test_memory_of_another_library_is_given_back_when_the_ops_are_done(cuda_shim):
+    """Its stream may use it for something else at once."""
+    gpu = shim.Gpu()
+    array = cuda_shim.from_dlpack(np.ones(3, np.float32))
+    cuda_shim.gelu_forward(array)
+    gpu.waits()
+    view = array[1:]
+    del array
+    assert gpu.waits() == 0
+    del view
+    assert gpu.waits() == 1
+
+
 @pytest.mark.parametrize("op", cases.CASES)
 def test_any_order_of_threads_gives_the_same_bits(cuda_shim, barriers, op):
     device = OnDevice(cuda_shim)

@@ -69,6 +69,7 @@ cdef class Imported:
 
     def __dealloc__(self):
         if self.managed != NULL and self.managed.deleter != NULL:
+            kernels.settle()        # that library's stream may get the memory for something else at once
             self.managed.deleter(self.managed)
 
 

@@ -46,6 +46,7 @@ void to_host(void* host, const void* device, size_t bytes);    // waits for the 
 void copy(void* to, const void* from, size_t bytes);
 void clear(void* data, size_t bytes);
 void synchronize();
+void settle() noexcept;                     // waits for the ops so far, before memory is given back that is another's
 uintptr_t stream_handle();                  // the cudaStream_t, for libraries beside this one
 void follow(uintptr_t other_stream);        // what is enqueued there from now on comes after what is enqueued here
 

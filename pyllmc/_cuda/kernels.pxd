@@ -31,6 +31,7 @@ cdef extern from "kernels.h" namespace "pyllmc" nogil:
     void copy(void* to, const void* source, size_t bytes) except +
     void clear(void* data, size_t bytes) except +
     void synchronize "pyllmc::synchronize"() except +
+    void settle()
     uintptr_t stream_handle() except +
     void follow(uintptr_t other_stream) except +
 

@@ -294,6 +294,13 @@ void clear(void* data, size_t bytes) {
 
 void synchronize() { CHECK(cudaStreamSynchronize(stream())); }
 
+// What is recorded has to use arrays that outlive it, and a wait would end the recording.
+void settle() noexcept {
+    if (is_recording()) return;
+    cudaStreamSynchronize(device().stream);
+    cudaGetLastError();
+}
+
 uintptr_t stream_handle() { return reinterpret_cast<uintptr_t>(stream()); }
 
 void follow(uintptr_t other_stream) {
