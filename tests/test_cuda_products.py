@@ -147,6 +147,19 @@ def test_gelu_s_slope_is_the_library_s_where_its_rows_are_of_eight(cuda):
         assert any(" dgelu" in kind for kind in kinds(cuda)) is there
 
 
+@pytest.mark.parametrize("case", [COMBINATIONS[1], COMBINATIONS[8]], ids=str)
+def test_what_is_done_after_a_product_is_done_before_it_is_rounded(cuda, stand_in, case):
+    """Where k is split the library rounds first, so such algorithms are not chosen, however fast."""
+    stand_in.slow(0b0101)
+    cuda.product_options(autotune=True)
+    check(OnDevice(cuda, "bfloat16"), case)
+    split = {
+        kind.partition(" align")[0].split()[-1]: int(digits[32:48], 16) % 2
+        for kind, digits in cuda.algorithms()["products"].items()
+    }
+    assert split == ({"bias": 0} if case.op == "matmul_forward" else {"dgelu": 0, "sum": 1})
+
+
 def test_bfloat16_gradients_are_rounded_once_for_each_time_they_are_added_to(cuda):
     """3 micro-steps: the third sum is what rounding to nearest makes of the second plus the product."""
     dout, inp, weight = bf16(random(16, 8)), bf16(random(16, 24, seed=1)), bf16(random(8, 24, seed=2))

@@ -147,7 +147,11 @@ std::vector<lt::Candidate> candidates(const Plan& plan, const Key& key, int most
         LT(MatmulPreferenceSetAttribute, preference, attribute, &value, sizeof value);
     };
     prefer(lt::PREFERENCE_MAX_WORKSPACE_BYTES, workspace);
-    prefer(lt::PREFERENCE_REDUCTION_SCHEME_MASK, lt::REDUCTION_SCHEME_COMPUTE_TYPE);
+    // Behind a product that is split, the library does what comes after it to the sums as they were stored.
+    const auto after = static_cast<After>(key.after);
+    const bool twice = key.out_type == BFLOAT16 && (after == After::ADD_BIAS || after == After::DGELU);
+    prefer(lt::PREFERENCE_REDUCTION_SCHEME_MASK,
+           twice ? lt::REDUCTION_SCHEME_NONE : lt::REDUCTION_SCHEME_COMPUTE_TYPE);
     prefer(lt::PREFERENCE_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(key.align_b));
     prefer(lt::PREFERENCE_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(key.align_a));
     prefer(lt::PREFERENCE_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(key.align_add));

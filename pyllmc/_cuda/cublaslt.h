@@ -41,8 +41,9 @@ enum PreferenceAttribute : int {
     PREFERENCE_MIN_ALIGNMENT_D_BYTES = 8,
 };
 
-// Where k is split: partial sums in float and added in a step of their own, never in the output's type.
-constexpr uint32_t REDUCTION_SCHEME_COMPUTE_TYPE = 2;
+// Where k is split: partial sums in float and added in a step of their own, never in the output's type. What is not
+// split is in either mask.
+constexpr uint32_t REDUCTION_SCHEME_NONE = 0, REDUCTION_SCHEME_COMPUTE_TYPE = 2;
 
 using Handle = struct HandleOpaque*;
 using Layout = struct LayoutOpaque*;

@@ -3,7 +3,7 @@
 //
 // Stricter than the library: what is not used is an error, and so are addresses that are less aligned than was said, an
 // algorithm that was made for another product, arrays that overlap, a workspace that is too small. Every algorithm adds
-// up in another order, so that a wrong choice shows in the bits.
+// up in another order, so that a wrong choice shows in the bits; every second one splits k.
 #include "cublaslt.h"
 
 #include <chrono>
@@ -50,7 +50,7 @@ namespace {
 
 constexpr uint64_t MAGIC = 0x636d6c6c7970;
 constexpr int ALGORITHMS = 4;
-constexpr size_t WORKSPACE = 1 << 20;  // what every second algorithm wants
+constexpr size_t WORKSPACE = 1 << 20;  // what every second algorithm wants, for a k that it splits
 
 // For the tests: algorithms that take longer, epilogues that there are not, the version.
 unsigned slow = 0, refused = 0;
@@ -269,14 +269,14 @@ EXPORTED Status cublasLtMatmulAlgoGetHeuristic(Handle handle, Desc desc, Layout 
     *found = 0;
     if (handle == nullptr || most < 1) return invalid("a handle, a number of algorithms");
     if (capturing()) return INTERNAL_ERROR;
-    if (preference->reduction != REDUCTION_SCHEME_COMPUTE_TYPE) return invalid("sums in the output's type");
+    if (preference->reduction & ~REDUCTION_SCHEME_COMPUTE_TYPE) return invalid("sums in the output's type");
     if (const Status status = check(*desc, *a, *b, *c, *d); status != SUCCESS) return status;
     if (desc->epilogue != DEFAULT)
         for (uint32_t each : preference->alignment)
             if (each < 16) return unsupported("an epilogue with such addresses");
     for (int i = 0; i < ALGORITHMS && *found < most; ++i) {
         const size_t workspace = i % 2 ? WORKSPACE : 0;
-        if (workspace > preference->workspace) continue;
+        if (workspace > preference->workspace || (workspace != 0 && preference->reduction == 0)) continue;
         Candidate candidate{};
         candidate.algorithm.data[0] = MAGIC;
         candidate.algorithm.data[1] = fingerprint(*desc, *a, *b, *d);
@@ -348,6 +348,10 @@ void multiply(const Call& of) {
             const uint64_t at = j * static_cast<uint64_t>(of_d.ld) + i;
             float value = sums[i];
             if (of.keep != 0.0f) value += as_float(of_c.type, of.c, at);
+            if (number % 2 && desc.epilogue != DEFAULT) {  // a kernel of its own, behind one that has stored its sums
+                put(of_d.type, of.d, at, value);
+                value = as_float(of_d.type, of.d, at);
+            }
             if (desc.epilogue & BIAS) value += as_float(of_d.type, desc.bias, i);
             if (desc.epilogue == DGELU)
                 value *= gelu_slope(as_float(of_d.type, desc.aux, j * static_cast<uint64_t>(desc.aux_ld) + i));
