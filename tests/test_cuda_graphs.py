@@ -245,6 +245,22 @@ def test_a_model_trains_to_the_same_bits_with_graphs_and_without(device, monkeyp
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32", "float32"])
+def test_a_training_step_is_recorded(device, monkeypatch, dtype):
+    """Else it would only take longer, which nobody is told."""
+    before = device.product_options()
+    device.product_options(tf32=dtype == "tf32")
+    ops, calls = device.op_set("bfloat16" if dtype == "bfloat16" else "float32"), []
+    whole = ops.encoder_forward
+    monkeypatch.setattr(ops, "encoder_forward", lambda *arrays, **named: calls.append(1) or whole(*arrays, **named))
+    model = GPT2(GPT2Config(num_layers=1, num_heads=2, channels=128, vocab_size=61, max_seq_len=24), ops=ops)
+    for seed in range(4):
+        model.zero_grad()
+        model.forward_backward(*batch(seed))
+    device.product_options(**before)
+    assert len(calls) == 2
+
+
 def test_a_graph_goes_with_the_model(device):
     """No circle of references keeps a model's memory until Python looks for such. What the driver takes for kernels at
     their first launch, and for the first graph, stays."""
