@@ -99,6 +99,27 @@ def test_sums_of_two_ranks_are_those_of_numpy(tmp_path, device_name):
     check_sums(tmp_path, 2, device=device_name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rank_alone_keeps_what_it_has(device, dtype):
+    """What can be asked of the library where there is one GPU."""
+    try:
+        alone = device.Communicator(device.nccl_id(), 0, 1)
+    except OSError as error:
+        pytest.skip(str(error))
+    assert alone.launched(60) and alone.wait(60)
+    host = values(0, 1000, dtype)
+    array = device.from_host(host, dtype=dtype)
+    for start in (
+        lambda: alone.broadcast(array),
+        lambda: alone.reduce_scatter([array]),
+        lambda: alone.all_gather([array]),
+    ):
+        start()
+        assert alone.launched(60) and alone.wait(60)
+        np.testing.assert_array_equal(device.to_host(array), host)
+    alone.close()
+
+
 def test_ops_go_on_beside_a_collective_and_see_it_after_wait():
     script = """
     library.shim_nccl_hold(1)
