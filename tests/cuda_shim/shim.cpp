@@ -25,7 +25,6 @@ uint64_t block_count = 0;
 bool reversed = false;
 std::string error_text;
 cudaError_t last_error = cudaSuccess;
-cudaError_t of_next_launch = cudaSuccess;
 
 namespace {
 
@@ -146,6 +145,7 @@ struct Site {
 };
 std::set<Site> sites;    // the barriers and waits for copies that were met
 Site skipped{"", 0};     // the one that is left out
+cudaError_t of_next_launch = cudaSuccess;  // what it fails with
 
 // The next fiber that has something to do: of the same warp, else of the warps that follow; null where none has. So a warp
 // runs as far ahead of the others as barriers let it, and what should have been kept from it goes wrong.
