@@ -23,9 +23,7 @@ import pytest
 import shim
 from on_device import OnDevice
 
-DEVICES = ("cuda_shim", "cuda")
-# Those that can run here; that no GPU can is told once, by a skipped test.
-DEVICES_HERE = DEVICES if importlib.import_module("pyllmc._cuda").AVAILABLE else DEVICES[:1]
+DEVICES = ("cuda_shim", "cuda_ptx", "cuda")
 os.environ["PYLLMC_DEVICE"] = "cpu"
 # At the end: both folders have a compare.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
@@ -56,10 +54,18 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--device cuda: {cuda.REASON}")
 
 
+def devices_here(config):
+    """Those that can run here; that no GPU can is told once, by a skipped test. The PTX runs only where it is asked for."""
+    asked = ["cuda_ptx"] if config.getoption("--device", None) == "cuda_ptx" else []
+    return ["cuda_shim", *asked, *(["cuda"] if importlib.import_module("pyllmc._cuda").AVAILABLE else [])]
+
+
 def pytest_generate_tests(metafunc):
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES_HERE, indirect=True, scope="session")
-    for fixture, devices in (("cpu", ()), ("op_set", DEVICES_HERE)):
+    here = devices_here(metafunc.config)
+    for fixture, scope in (("device", "session"), ("gpu", "function")):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, here, indirect=True, scope=scope)
+    for fixture, devices in (("cpu", ()), ("op_set", here)):
         if fixture not in metafunc.fixturenames:
             continue
         # Imported here, so that the tests which need no extension module also run where none was built.
@@ -79,11 +85,11 @@ def cpu(request):
 
 def device_ops(name):
     """The module of ops of a device backend; the test is skipped, with the reason, where it cannot be compiled."""
-    if name != "cuda_shim":
+    if name == "cuda":
         return importlib.import_module("pyllmc._cuda").module
     if shim.compiler() is None:
         pytest.skip("no C++ compiler")
-    return shim.load()
+    return shim.load(name)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +98,7 @@ def device(request):
     return device_ops(request.param)
 
 
-@pytest.fixture(params=DEVICES_HERE)
+@pytest.fixture
 def gpu(request, monkeypatch):
     """The module of ops of a device that programs find with --device cuda; without algorithms from before."""
     module = device_ops(request.param)

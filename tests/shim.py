@@ -21,11 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "pyllmc" / "_cuda"
 SHIM = ROOT / "tests" / "cuda_shim"
+MACHINE = ROOT / "tests" / "cuda_ptx"
 BUILD = ROOT / "build" / "cuda_shim"
 
 # As for the kernels on a GPU, a product and a sum may fuse; nothing else of the arithmetic is free.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+# Only the PTX, as text; for the GPU whose code .ci/run compiles.
+NVCC = shutil.which("nvcc")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode=arch=compute_90a,code=compute_90a"]
+MACHINE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique,-fno-strict-aliasing"]
+MACHINE_FLAGS += ["-Xcompiler=-Wall,-Wextra,-ffp-contract=off,-fno-math-errno,-march=native"]
 # As setup.py's: PYLLMC_SANITIZE=address,undefined, and the sanitizers' libraries in LD_PRELOAD.
 SANITIZE = os.environ.get("PYLLMC_SANITIZE", "")
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
@@ -39,7 +45,7 @@ def compiler():
 
 def sources():
     """Every file that a build depends on."""
-    return sorted(path for folder in (CUDA, SHIM) for path in folder.iterdir() if path.is_file())
+    return sorted(path for folder in (CUDA, SHIM, MACHINE) for path in folder.iterdir() if path.is_file())
 
 
 def _digest(words, paths):
@@ -55,15 +61,13 @@ def _run(command):
         raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
-def _compile(source, depends, more=()):
+def _compile(source, depends, command):
     """source -> its object file, named by the hash of all that decides what is in it."""
-    command = [*compiler(), *FLAGS, *SANITIZE_FLAGS, *more, f"-I{SHIM}", f"-I{CUDA}"]
     target = BUILD / f"{source.stem}-{_digest(command, [source, *depends])}.o"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        language = ["-x", "c++"] if source.suffix == ".cu" else []
-        _run([*command, *language, "-c", source, "-o", partial])
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        _run([*command, "-c", source, "-o", partial])
         partial.replace(target)
     return target
 
@@ -81,14 +85,27 @@ def _cython():
     return target
 
 
-def build():
+def _commands(backend):
+    """{source: the command that compiles it} of all but the Cython part."""
+    cxx = [*compiler(), *FLAGS, *SANITIZE_FLAGS, f"-I{CUDA}"]
+    if backend == "cuda_shim":
+        cxx.append(f"-I{SHIM}")
+        kernels = {path: [*cxx, "-x", "c++"] for path in sources() if path.suffix == ".cu"}
+        return kernels | {path: cxx for path in SHIM.glob("*.cpp")}
+    nvcc = [NVCC, *NVCC_FLAGS, "-lineinfo", "-cudart=none", "--no-compress", f"-I{CUDA}"]
+    kernels = {path: nvcc for path in CUDA.glob("*.cu")}
+    machine = [*(SHIM / f"{name}.cpp" for name in ("runtime", "streams", "cublaslt", "nccl")), *MACHINE.glob("*.cpp")]
+    return kernels | {path: [NVCC, *MACHINE_FLAGS, f"-I{CUDA}"] for path in machine}
+
+
+def build(backend="cuda_shim"):
     """The extension's path."""
     headers = [path for path in sources() if path.suffix in (".h", ".cuh")]
-    kernels = [path for path in sources() if path.suffix in (".cu", ".cpp")]
+    python = [*compiler(), *FLAGS, *SANITIZE_FLAGS, f"-I{SHIM}", f"-I{CUDA}", f"-I{sysconfig.get_path('include')}", "-w"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        python = [f"-I{sysconfig.get_path('include')}", "-w"]
         wrapper = pool.submit(lambda: _compile(_cython(), headers, python))
-        objects = [*pool.map(lambda path: _compile(path, headers), kernels), wrapper.result()]
+        commands = sorted(_commands(backend).items())
+        objects = [*pool.map(lambda item: _compile(item[0], headers, item[1]), commands), wrapper.result()]
     target = BUILD / _digest(objects, []) / "ops.so"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
@@ -99,10 +116,10 @@ def build():
 
 
 @cache
-def load():
+def load(backend="cuda_shim"):
     """The backend's module of ops; the same one for the whole process."""
-    path = build()
-    loader = importlib.machinery.ExtensionFileLoader("cuda_shim.ops", str(path))
+    path = build(backend)
+    loader = importlib.machinery.ExtensionFileLoader(f"{backend}.ops", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, path, loader=loader))
     loader.exec_module(module)
     # The stand-ins are part of the same file.

@@ -14,7 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "cuda_bf16.h"
+#include <cuda_bf16.h>
+
+#include "shim.h"
 
 using namespace pyllmc::lt;
 

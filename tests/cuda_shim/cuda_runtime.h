@@ -86,10 +86,10 @@ enum cudaStreamCaptureMode {
 };
 enum { cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 
-using cudaStream_t = struct shim_stream*;
-using cudaEvent_t = struct shim_event*;
-using cudaGraph_t = struct shim_graph*;
-using cudaGraphExec_t = struct shim_graph*;
+using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;
+using cudaGraph_t = struct CUgraph_st*;
+using cudaGraphExec_t = struct CUgraphExec_st*;
 
 struct cudaDeviceProp {
     char name[256];
@@ -139,14 +139,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
-// ---- streams (streams.cpp) -------------------------------------------------------------------------------------------
-
-namespace shim {
-
-void enqueue(cudaStream_t stream, std::function<void()> task);  // runs on a thread of the stream's, after those before it
-void arrive(cudaStream_t stream);  // before anything is done at once on this stream: what it waits for comes first
-
-}  // namespace shim
+#include "shim.h"
 
 // ---- threads ---------------------------------------------------------------------------------------------------------
 
@@ -159,11 +152,6 @@ struct Thread {
 
 extern Thread* self;            // the thread that runs now
 extern uint64_t block_count;    // of all blocks so far: a new one finds its shared memory poisoned
-extern bool reversed;           // whether the threads of a block take their turns from the last to the first
-extern cudaError_t last_error;
-extern std::string error_text;  // of a launch that failed
-constexpr size_t MAX_SHARED = 227 << 10;  // of a block on sm_90
-constexpr size_t UNASKED_SHARED = 48 << 10;  // where cudaFuncSetAttribute was not asked for more
 
 void barrier(const char* file, int line);                     // __syncthreads
 const uint64_t* exchange(unsigned mask, uint64_t value);      // every lane's value; NaN for lanes outside the mask
@@ -172,17 +160,10 @@ void declare_shared(size_t bytes);                            // so much of the 
 void copy_ahead(void* to, const void* from, size_t bytes, bool valid);  // NaN there from now on, until it is waited for
 void wait_for_copies(const char* file, int line);             // of this thread
 [[noreturn]] void stuck(const char* why);                     // this thread never goes on: the launch fails
-void poison(void* data, size_t bytes);
 int lane();
 
 using Body = void (*)(void*);
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared, Body body, void* arguments);
-
-// Now, or each time that the graph is launched which is captured now.
-cudaError_t perform(cudaStream_t stream, std::function<cudaError_t()> work);
-
-// Fails where a graph is captured, and spoils it: for what a capture that is not stricter than `most` does not allow.
-cudaError_t not_captured(cudaStreamCaptureMode most = cudaStreamCaptureModeRelaxed);
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, P... arguments) {

@@ -1,24 +1,46 @@
-// The runtime of cuda_runtime.h: devices, memory, copies and graphs on the host's memory.
-#include "cuda_runtime.h"
+// CUDA's runtime on the host's memory: devices, memory, copies and graphs.
+#include <cuda_runtime.h>
 
 #include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
-#include <unordered_map>
 #include <vector>
+
+#include "shim.h"
 
 // ---- graphs ----------------------------------------------------------------------------------------------------------
 
-struct shim_graph {
+struct CUgraph_st {
     std::vector<std::function<cudaError_t()>> work;
 };
 
+struct CUgraphExec_st : CUgraph_st {};
+
+namespace shim {
+
+std::string error_text;
+cudaError_t last_error = cudaSuccess;
+namespace {
+cudaError_t error_of_text = cudaSuccess;
+}
+uint64_t allocations_changed = 0;
+
+void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // NaN as float, bfloat16 and double
+
+cudaError_t failed(cudaError_t error, const std::string& text) {
+    error_text = text;
+    return last_error = error_of_text = error;
+}
+
+}  // namespace shim
+
 namespace {
 
-shim_graph* captured = nullptr;  // what is captured now
+CUgraph_st* captured = nullptr;  // what is captured now
 bool invalidated = false;        // by what a capture does not allow
 bool no_graphs = false;          // whether the driver has none
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
@@ -49,7 +71,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
     if (no_graphs) return shim::last_error = cudaErrorNotSupported;
     if (captured != nullptr) return shim::last_error = cudaErrorStreamCaptureUnsupported;
-    captured = new shim_graph;
+    captured = new CUgraph_st;
     invalidated = false;
     return cudaSuccess;
 }
@@ -62,7 +84,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-    *executable = new shim_graph(*graph);
+    *executable = new CUgraphExec_st{*graph};
     return cudaSuccess;
 }
 
@@ -78,7 +100,10 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return cudaGraphDestroy(executable); }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    delete executable;
+    return cudaSuccess;
+}
 
 // ---- the runtime -----------------------------------------------------------------------------------------------------
 
@@ -88,8 +113,9 @@ constexpr int RUNTIME = 13000;
 size_t total = size_t{8} << 30, used = 0;
 int driver = RUNTIME, gpus = 1, compute_major = 9;
 thread_local int current_gpu = 0;
-std::unordered_map<void*, size_t>& allocations() {
-    static auto& known = *new std::unordered_map<void*, size_t>;
+constexpr size_t GAP = 4096;  // behind each allocation, which nobody may touch
+std::map<uint64_t, size_t>& allocations() {
+    static auto& known = *new std::map<uint64_t, size_t>;
     return known;
 }
 
@@ -106,7 +132,7 @@ const std::map<cudaError_t, std::pair<const char*, const char*>> ERRORS = {
 }  // namespace
 
 const char* cudaGetErrorString(cudaError_t error) {
-    if (error == shim::last_error && !shim::error_text.empty()) return shim::error_text.c_str();
+    if (error == shim::error_of_text && !shim::error_text.empty()) return shim::error_text.c_str();
     const auto found = ERRORS.find(error);
     return found == ERRORS.end() ? "unknown error" : found->second.second;
 }
@@ -153,7 +179,7 @@ cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int device) {
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     *properties = {};
-    std::snprintf(properties->name, sizeof properties->name, "no GPU: its kernels as plain C++");
+    std::snprintf(properties->name, sizeof properties->name, "%s", shim::device_name);
     properties->major = compute_major;
     properties->multiProcessorCount = 4;
     properties->l2CacheSize = 1 << 20;
@@ -165,22 +191,30 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 cudaError_t cudaMalloc(void** data, size_t bytes) {
     if (const cudaError_t error = shim::not_captured(cudaStreamCaptureModeThreadLocal); error != cudaSuccess) return error;
     if (used > total || bytes > total - used) return shim::last_error = cudaErrorMemoryAllocation;
-    *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    *data = mmap(nullptr, bytes + GAP, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (*data == MAP_FAILED) return shim::last_error = cudaErrorMemoryAllocation;
     shim::poison(*data, bytes);
-    allocations()[*data] = bytes;
+    allocations()[reinterpret_cast<uint64_t>(*data)] = bytes;
+    ++shim::allocations_changed;
     used += bytes;
     return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* data) {
     if (const cudaError_t error = shim::not_captured(); error != cudaSuccess) return error;
-    const auto found = allocations().find(data);
+    const auto found = allocations().find(reinterpret_cast<uint64_t>(data));
     if (found == allocations().end()) return cudaErrorInvalidValue;
-    munmap(data, found->second);
+    munmap(data, found->second + GAP);
     used -= found->second;
     allocations().erase(found);
+    ++shim::allocations_changed;
     return cudaSuccess;
+}
+
+std::pair<uint64_t, uint64_t> shim::allocation_at(uint64_t address) {
+    auto found = allocations().upper_bound(address);
+    if (found == allocations().begin() || address >= (--found)->first + found->second) return {0, 0};
+    return {found->first, found->first + found->second};
 }
 
 cudaError_t cudaMallocHost(void** data, size_t bytes) {

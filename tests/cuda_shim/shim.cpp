@@ -23,8 +23,7 @@ namespace shim {
 Thread* self = nullptr;
 uint64_t block_count = 0;
 bool reversed = false;
-std::string error_text;
-cudaError_t last_error = cudaSuccess;
+const char* const device_name = "no GPU: its kernels as plain C++";
 
 namespace {
 
@@ -210,12 +209,6 @@ const char* base_name(const char* file) {
     return slash ? slash + 1 : file;
 }
 
-cudaError_t failed(cudaError_t error, const std::string& text) {
-    error_text = text;
-    last_error = error;
-    return error;
-}
-
 std::unordered_map<const void*, int>& shared_limits() {
     static auto& limits = *new std::unordered_map<const void*, int>;
     return limits;
@@ -224,8 +217,6 @@ std::unordered_map<const void*, int>& shared_limits() {
 }  // namespace
 
 int lane() { return current->index % 32; }
-
-void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // NaN as float, bfloat16 and double
 
 void* dynamic_shared() {
     const uintptr_t start = reinterpret_cast<uintptr_t>(block.shared.data());

@@ -1,23 +1,26 @@
-// Streams and events of cuda_runtime.h. Kernels and copies are done when they are called, so a stream has nothing of
+// CUDA's streams and events. Kernels and copies are done when they are called, so a stream has nothing of
 // theirs to keep; what is put there by `enqueue` runs on a thread, and then events are as on a GPU: one that was
 // recorded behind it is not ready yet, a stream that waits for that event gets no further. Whoever forgets to wait
 // computes with what was there before.
-#include "cuda_runtime.h"
+#include <cuda_runtime.h>
 
 #include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
-struct shim_stream {
+#include "shim.h"
+
+struct CUstream_st {
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::function<void()>> tasks;
     uint64_t enqueued = 0, done = 0;
     bool has_thread = false;
-    std::vector<std::pair<shim_stream*, uint64_t>> waits;  // what has to be done before this stream goes on
+    std::vector<std::pair<CUstream_st*, uint64_t>> waits;  // what has to be done before this stream goes on
 
     void run() {
         for (;;) {
@@ -39,9 +42,9 @@ struct shim_stream {
     }
 };
 
-struct shim_event {
+struct CUevent_st {
     std::chrono::steady_clock::time_point recorded;
-    shim_stream* stream = nullptr;
+    CUstream_st* stream = nullptr;
     uint64_t count = 0;  // of the stream's tasks that come before it
 };
 
@@ -62,7 +65,7 @@ void arrive(cudaStream_t stream) {
 void enqueue(cudaStream_t stream, std::function<void()> task) {
     arrive(stream);
     const std::lock_guard<std::mutex> lock(stream->mutex);
-    if (!stream->has_thread) std::thread(&shim_stream::run, stream).detach();
+    if (!stream->has_thread) std::thread(&CUstream_st::run, stream).detach();
     stream->has_thread = true;
     stream->tasks.push_back(std::move(task));
     ++stream->enqueued;
@@ -72,7 +75,7 @@ void enqueue(cudaStream_t stream, std::function<void()> task) {
 }  // namespace shim
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-    *stream = new shim_stream;
+    *stream = new CUstream_st;
     return cudaSuccess;
 }
 
@@ -92,7 +95,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaDeviceSynchronize() { return shim::not_captured(); }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-    *event = new shim_event;
+    *event = new CUevent_st;
     return cudaSuccess;
 }
 

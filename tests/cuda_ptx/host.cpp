@@ -1,0 +1,201 @@
+// What nvcc's host code calls: kernels are registered when the extension is loaded and launched through here; the rest of
+// CUDA's runtime is ../cuda_shim/runtime.cpp and streams.cpp.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "machine.h"
+
+namespace shim {
+
+bool reversed = false;
+const char* const device_name = "no GPU: its kernels' PTX on the CPU";
+
+}  // namespace shim
+
+namespace {
+
+struct Module {
+    std::string_view text;
+    std::map<std::string, ptx::Kernel> kernels;
+    bool parsed = false;
+};
+
+struct Function {
+    Module* module;
+    std::string name;
+    size_t shared_limit = shim::UNASKED_SHARED;
+
+    ptx::Kernel& kernel() {
+        if (!module->parsed) {
+            module->kernels = ptx::parse(module->text);
+            module->parsed = true;
+        }
+        return module->kernels.at(name);
+    }
+};
+
+std::map<const void*, Function>& functions() {
+    static auto& all = *new std::map<const void*, Function>;
+    return all;
+}
+
+struct Configuration {
+    dim3 grid, block;
+    size_t shared;
+    cudaStream_t stream;
+};
+thread_local Configuration configuration;
+
+using shim::failed;
+
+cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, const std::vector<unsigned char>& parameters) {
+    const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+    const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
+    if (!fits || threads == 0 || threads > 1024 || block.z > 64)
+        return failed(cudaErrorInvalidConfiguration, "invalid configuration argument");
+    try {
+        ptx::Kernel& kernel = function.kernel();
+        if (threads > kernel.max_threads)
+            return failed(cudaErrorInvalidValue, kernel.name + ": more threads than its __launch_bounds__");
+        if (shared > function.shared_limit)
+            return failed(cudaErrorInvalidValue, "more dynamic shared memory than the kernel was allowed");
+        const bool unasked = function.shared_limit == shim::UNASKED_SHARED;
+        if (kernel.dynamic_start + shared > (unasked ? shim::UNASKED_SHARED : shim::MAX_SHARED))
+            return failed(cudaErrorInvalidValue, "more shared memory, static and dynamic, than a block may have");
+        ptx::Launch launch{&kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                           static_cast<uint32_t>(shared), parameters, {}};
+        ++kernel.launches;
+        ptx::run(launch);
+        kernel.unique_sectors += launch.sectors.size();
+    } catch (const ptx::Fault& fault) {
+        return failed(cudaErrorLaunchFailure, fault.what());
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+// ---- what nvcc's code calls ------------------------------------------------------------------------------------------
+
+extern "C" {
+
+// The wrapper of fatbinary_section.h; behind it a header of 16 bytes and the entries, of which the first holds PTX, kept as
+// text by --no-compress.
+void** __cudaRegisterFatBinary(void* wrapper) {
+    const unsigned char* data;
+    std::memcpy(&data, static_cast<unsigned char*>(wrapper) + 8, sizeof data);
+    const unsigned char* const entry = data + 16;
+    uint32_t header;
+    uint64_t bytes;
+    std::memcpy(&header, entry + 4, sizeof header);
+    std::memcpy(&bytes, entry + 8, sizeof bytes);
+    auto* module = new Module;
+    module->text = {reinterpret_cast<const char*>(entry + header), bytes};
+    return reinterpret_cast<void**>(module);
+}
+
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 1; }
+
+void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+    functions()[host] = {reinterpret_cast<Module*>(module), name};
+}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
+    configuration = {grid, block, shared, stream};
+    return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+    *grid = configuration.grid, *block = configuration.block, *shared = configuration.shared;
+    std::memcpy(stream, &configuration.stream, sizeof configuration.stream);
+    return cudaSuccess;
+}
+
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+    const auto found = functions().find(host);
+    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
+    *kernel = reinterpret_cast<cudaKernel_t>(&found->second);
+    return cudaSuccess;
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+    auto& function = *reinterpret_cast<Function*>(kernel);
+    std::vector<unsigned char> parameters;
+    try {
+        const ptx::Kernel& parsed = function.kernel();
+        parameters.resize(parsed.parameter_bytes);
+        for (size_t i = 0; i < parsed.parameters.size(); ++i)
+            std::memcpy(&parameters[parsed.parameters[i].offset], arguments[i], parsed.parameters[i].bytes);
+    } catch (const std::exception& error) {
+        return failed(cudaErrorLaunchFailure, error.what());
+    }
+    return shim::perform(stream, [=, &function] { return launch(function, grid, block, shared, parameters); });
+}
+
+}  // extern "C"
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* host) {
+    const auto found = functions().find(host);
+    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
+    *attributes = {};
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
+    const auto found = functions().find(host);
+    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || static_cast<size_t>(value) > shim::MAX_SHARED)
+        return shim::last_error = cudaErrorInvalidValue;
+    found->second.shared_limit = static_cast<size_t>(value);
+    return cudaSuccess;
+}
+
+// ---- for the tests, through ctypes -----------------------------------------------------------------------------------
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+EXPORTED void shim_reverse(int reversed) { shim::reversed = reversed != 0; }
+
+// Whether launches are counted from now on; what was counted is forgotten.
+EXPORTED void ptx_count(int on) {
+    ptx::counting = on != 0;
+    for (auto& [host, function] : functions())
+        if (function.module->parsed) {
+            ptx::Kernel& kernel = function.kernel();
+            std::fill(kernel.tallies.begin(), kernel.tallies.end(), ptx::Tally{});
+            kernel.launches = kernel.unique_sectors = 0;
+        }
+}
+
+// What was counted, a line for each instruction that ran: kernel, its launches, its unique sectors, instruction, place,
+// warps, lanes, wavefronts, ideal, sectors, bytes; with tabs. Returns the length of it all.
+EXPORTED size_t ptx_counts(char* text, size_t size) {
+    std::string all;
+    for (auto& [host, function] : functions()) {
+        if (!function.module->parsed) continue;
+        const ptx::Kernel& kernel = function.kernel();
+        for (size_t k = 0; k < kernel.code.size(); ++k) {
+            const ptx::Tally& tally = kernel.tallies[k];
+            if (tally.warps == 0) continue;
+            const uint32_t place = kernel.code[k].place;
+            all += kernel.name + "\t" + std::to_string(kernel.launches) + "\t" + std::to_string(kernel.unique_sectors) + "\t" +
+                   std::string(kernel.code[k].name) + "\t" + (place == ptx::NO_PLACE ? "" : kernel.places[place]);
+            for (const uint64_t value : {tally.warps, tally.lanes, tally.wavefronts, tally.ideal, tally.sectors, tally.bytes})
+                all += "\t" + std::to_string(value);
+            all += "\n";
+        }
+    }
+    if (size > 0) {
+        const size_t copied = std::min(all.size(), size - 1);
+        std::memcpy(text, all.data(), copied);
+        text[copied] = 0;
+    }
+    return all.size();
+}

@@ -1,0 +1,491 @@
+// PTX text -> kernels (program.h): as much of the language as nvcc writes for pyllmc/_cuda.
+#include <cstdlib>
+#include <cstring>
+#include <cxxabi.h>
+
+#include <algorithm>
+
+#include "program.h"
+
+namespace ptx {
+namespace {
+
+struct Token {
+    std::string_view text;
+    uint32_t line;
+};
+
+bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || std::strchr("_$%.", c); }
+
+std::vector<Token> tokens_of(std::string_view text) {
+    std::vector<Token> tokens;
+    uint32_t line = 1;
+    for (size_t i = 0; i < text.size();) {
+        const char c = text[i];
+        if (c == '\n') ++line, ++i;
+        else if (std::isspace(static_cast<unsigned char>(c)) || c == 0) ++i;
+        else if (c == '/' && text[i + 1] == '/') i = std::min(text.find('\n', i), text.size());
+        else {
+            size_t end = i + 1;
+            if (c == '"') end = text.find('"', i + 1) + 1;
+            else if (is_word(c)) while (end < text.size() && is_word(text[end])) ++end;
+            tokens.push_back({text.substr(i, end - i), line});
+            i = end;
+        }
+    }
+    return tokens;
+}
+
+struct Register {
+    uint32_t offset;
+    uint8_t width;  // bytes of a lane; 1 is a predicate
+};
+
+uint8_t width_of_type(std::string_view type) {
+    if (type == ".pred") return 1;
+    const size_t digits = type.find_first_of("0123456789");
+    return static_cast<uint8_t>(std::atoi(std::string(type.substr(digits)).c_str()) / 8);
+}
+
+struct Shared {
+    uint64_t bytes;
+    uint32_t alignment;
+    bool dynamic;
+};
+
+const std::map<std::string_view, Special> SPECIAL_NAMES = {
+    {"%tid.x", TID_X}, {"%tid.y", TID_Y}, {"%tid.z", TID_Z}, {"%ctaid.x", CTAID_X}, {"%ctaid.y", CTAID_Y},
+    {"%ctaid.z", CTAID_Z}, {"%ntid.x", NTID_X}, {"%ntid.y", NTID_Y}, {"%ntid.z", NTID_Z}, {"%nctaid.x", NCTAID_X},
+    {"%nctaid.y", NCTAID_Y}, {"%nctaid.z", NCTAID_Z}, {"%laneid", LANEID},
+};
+
+class Parser {
+public:
+    explicit Parser(std::string_view text) : tokens(tokens_of(text)) {}
+
+    std::map<std::string, Kernel> module() {
+        std::map<std::string, Kernel> kernels;
+        std::vector<std::pair<size_t, size_t>> bodies;
+        // Files are named behind the kernels that refer to them.
+        for (size_t i = 0; i + 2 < tokens.size(); ++i)
+            if (tokens[i].text == ".file") {
+                std::string_view name = tokens[i + 2].text.substr(1, tokens[i + 2].text.size() - 2);
+                files[tokens[i + 1].text] = name.substr(name.rfind('/') + 1);
+            }
+        while (now < tokens.size()) {
+            const std::string_view word = tokens[now].text;
+            if (word == ".entry") {
+                ++now;
+                const std::string name(tokens[now].text);
+                entry(kernels[name]);
+                kernels[name].name = demangled(name);
+            } else if (word == ".shared") {
+                shared_variable(false);
+            } else if (word == ".extern") {
+                ++now;
+                shared_variable(true);
+            } else if (word == ".section") {
+                while (tokens[now].text != "}") ++now;
+                ++now;
+            } else if (word == ".visible" || word == ".weak") {
+                ++now;
+            } else if (word == ".version" || word == ".target" || word == ".address_size" || word == ".file") {
+                skip_line();
+            } else {
+                fail("unknown directive " + std::string(word));
+            }
+        }
+        return kernels;
+    }
+
+private:
+    std::vector<Token> tokens;
+    size_t now = 0;
+    std::map<std::string_view, std::string_view> files;
+    std::map<std::string_view, Shared> shared;
+
+    // of the kernel that is read
+    Kernel* kernel = nullptr;
+    std::map<std::string_view, Register> registers;
+    std::map<std::string_view, uint32_t> parameters, labels, shared_at;
+    std::map<std::pair<uint64_t, uint8_t>, uint32_t> constants;
+    std::vector<std::pair<uint32_t, std::string_view>> jumps;
+    std::vector<uint32_t> dynamic;  // constants that are the address of the dynamic shared memory
+    uint32_t place = NO_PLACE, alignment_of_dynamic = 1;
+    std::map<std::string, uint32_t> places;
+
+    [[noreturn]] void fail(const std::string& what) {
+        throw Fault("PTX line " + std::to_string(tokens[std::min(now, tokens.size() - 1)].line) + ": " + what);
+    }
+
+    static std::string demangled(const std::string& name) {
+        int status = 0;
+        char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+        std::string found = status == 0 ? text : name;
+        std::free(text);
+        // "void pyllmc::(anonymous namespace)::name<types>(arguments)" -> "name<types>"
+        found = found.substr(0, found.find(status == 0 && found.find(">(") != std::string::npos ? ">(" : "(", 30) + 1);
+        const size_t end = found.find('<'), start = found.rfind("::", end);
+        found = found.substr(start == std::string::npos ? 0 : start + 2);
+        for (const std::string& word : {"pyllmc::", "(anonymous namespace)::"})
+            for (size_t i; (i = found.find(word)) != std::string::npos;) found.erase(i, word.size());
+        return found;
+    }
+
+    void expect(std::string_view word) {
+        if (tokens[now].text != word) fail("expected " + std::string(word) + ", found " + std::string(tokens[now].text));
+        ++now;
+    }
+
+    bool take(std::string_view word) {
+        if (tokens[now].text != word) return false;
+        ++now;
+        return true;
+    }
+
+    std::string_view next() { return tokens[now++].text; }
+
+    void skip_line() {
+        const uint32_t line = tokens[now].line;
+        while (now < tokens.size() && tokens[now].line == line) ++now;
+    }
+
+    int64_t number() {
+        const bool negative = take("-");
+        const std::string text(next());
+        const int64_t value = static_cast<int64_t>(std::strtoull(text.c_str(), nullptr, 0));
+        return negative ? -value : value;
+    }
+
+    // .shared .align 16 .b8 name[128];
+    void shared_variable(bool is_extern) {
+        expect(".shared");
+        uint32_t alignment = 1;
+        if (take(".align")) alignment = static_cast<uint32_t>(number());
+        const uint8_t width = width_of_type(next());
+        const std::string_view name = next();
+        uint64_t bytes = width;
+        if (take("[")) {
+            bytes = tokens[now].text == "]" ? 0 : width * static_cast<uint64_t>(number());
+            expect("]");
+        }
+        expect(";");
+        shared[name] = {bytes, std::max<uint32_t>(alignment, width), is_extern};
+    }
+
+    uint32_t add_register(uint8_t width) {
+        const size_t offset = kernel->image.size();
+        kernel->image.resize(offset + (width == 1 ? 64 : std::max(64, LANES * width)), 0xff);
+        return static_cast<uint32_t>(offset);
+    }
+
+    uint32_t constant(uint64_t value, uint8_t width) {
+        if (width == 1) value = value ? ALL : 0, width = 1;
+        else if (width < 8) value &= (uint64_t{1} << 8 * width) - 1;
+        const auto [found, is_new] = constants.try_emplace({value, width}, 0);
+        if (is_new) {
+            found->second = add_register(width);
+            fill(found->second, value, width);
+        }
+        return found->second;
+    }
+
+    void fill(uint32_t at, uint64_t value, uint8_t width) {
+        if (width == 1) std::memcpy(&kernel->image[at], &value, 4);
+        else for (int lane = 0; lane < LANES; ++lane) std::memcpy(&kernel->image[at + lane * width], &value, width);
+    }
+
+    // Variables lie in the order in which the kernel first names them.
+    uint32_t shared_address(std::string_view name, uint8_t width) {
+        const Shared& variable = shared.at(name);
+        if (variable.dynamic) {
+            alignment_of_dynamic = std::max(alignment_of_dynamic, variable.alignment);
+            dynamic.push_back(add_register(width));
+            dynamic_widths.push_back(width);
+            return dynamic.back();
+        }
+        const auto [found, is_new] = shared_at.try_emplace(name, 0);
+        if (is_new) {
+            uint32_t& end = kernel->static_shared;
+            end = (end + variable.alignment - 1) / variable.alignment * variable.alignment;
+            found->second = end;
+            end += static_cast<uint32_t>(variable.bytes);
+        }
+        return constant(found->second, width);
+    }
+    std::vector<uint8_t> dynamic_widths;
+
+    void entry(Kernel& of) {
+        kernel = &of;
+        registers.clear(), parameters.clear(), labels.clear(), shared_at.clear(), constants.clear(), jumps.clear();
+        dynamic.clear(), dynamic_widths.clear(), places.clear();
+        place = NO_PLACE, alignment_of_dynamic = 1;
+        of.image.assign(64, 0);  // so that 0 is no register
+        ++now;
+        expect("(");
+        while (!take(")")) {
+            take(",");
+            if (tokens[now].text == ")") continue;
+            expect(".param");
+            uint32_t alignment = 1;
+            if (take(".align")) alignment = static_cast<uint32_t>(number());
+            const uint8_t width = width_of_type(next());
+            const std::string_view name = next();
+            uint32_t bytes = width;
+            if (take("[")) {
+                bytes = width * static_cast<uint32_t>(number());
+                expect("]");
+            }
+            alignment = std::max<uint32_t>(alignment, width);
+            of.parameter_bytes = (of.parameter_bytes + alignment - 1) / alignment * alignment;
+            of.parameters.push_back({of.parameter_bytes, bytes});
+            parameters[name] = of.parameter_bytes;
+            of.parameter_bytes += bytes;
+        }
+        while (!take("{")) {
+            if (take(".maxntid")) {
+                of.max_threads = static_cast<uint32_t>(number());
+                while (take(",")) of.max_threads *= static_cast<uint32_t>(number());
+            } else if (take(".minnctapersm") || take(".maxnreg")) {
+                number();
+            } else {
+                fail("unknown directive " + std::string(tokens[now].text));
+            }
+        }
+        for (int depth = 1; depth > 0;) depth += statement();
+        for (const auto& [index, label] : jumps) {
+            if (!labels.count(label)) fail("no label " + std::string(label));
+            of.code[index].target = labels[label];
+        }
+        of.dynamic_start = (of.static_shared + alignment_of_dynamic - 1) / alignment_of_dynamic * alignment_of_dynamic;
+        for (size_t i = 0; i < dynamic.size(); ++i) fill(dynamic[i], of.dynamic_start, dynamic_widths[i]);
+        for (const auto& [name, index] : places) {
+            of.places.resize(std::max<size_t>(of.places.size(), index + 1));
+            of.places[index] = name;
+        }
+        of.tallies.resize(of.code.size());
+    }
+
+    // Reads one statement; 1 where it opens a scope, -1 where it closes one.
+    int statement() {
+        if (take("{")) return 1;
+        if (take("}")) return -1;
+        const std::string_view word = tokens[now].text;
+        if (word == ".reg") {
+            ++now;
+            declare();
+        } else if (word == ".shared") {
+            shared_variable(false);
+        } else if (word == ".pragma") {
+            while (!take(";")) ++now;
+        } else if (word == ".loc") {
+            const std::string name = std::string(files[tokens[now + 1].text]) + ":" + std::string(tokens[now + 2].text);
+            place = places.try_emplace(name, static_cast<uint32_t>(places.size())).first->second;
+            skip_line();
+        } else if (tokens[now + 1].text == ":") {
+            labels[word] = static_cast<uint32_t>(kernel->code.size());
+            now += 2;
+        } else {
+            instruction();
+        }
+        return 0;
+    }
+
+    // .reg .f32 %f<106>;  .reg .b64 %tmp;
+    void declare() {
+        const uint8_t width = width_of_type(next());
+        const std::string_view name = next();
+        if (take("<")) {
+            const int64_t count = number();
+            expect(">");
+            for (int64_t i = 0; i < count; ++i) {
+                names.push_back(std::make_unique<std::string>(std::string(name) + std::to_string(i)));
+                registers[*names.back()] = {add_register(width), width};
+            }
+        } else {
+            registers[name] = {add_register(width), width};
+        }
+        expect(";");
+    }
+    std::vector<std::unique_ptr<std::string>> names;
+
+    // A register, an immediate or an address that stands as a value, `width` bytes wide; 0: as wide as it is.
+    uint32_t operand(uint8_t width, uint8_t* found_width = nullptr) {
+        const std::string_view word = tokens[now].text;
+        if (const auto found = registers.find(word); found != registers.end()) {
+            ++now;
+            if (width == 4 && found->second.width == 8 && is_conversion) return lower_half(found->second.offset);
+            if (width != 0 && found->second.width != width) fail("the width of " + std::string(word) + " is another");
+            if (found_width) *found_width = found->second.width;
+            return found->second.offset;
+        }
+        if (const auto found = SPECIAL_NAMES.find(word); found != SPECIAL_NAMES.end()) {
+            ++now;
+            uint32_t& at = kernel->special[found->second];
+            if (at == 0) at = add_register(4);
+            return at;
+        }
+        if (shared.count(word)) {
+            ++now;
+            return shared_address(word, width);
+        }
+        if (const auto found = parameters.find(word); found != parameters.end()) {  // where it is among the others
+            ++now;
+            return constant(found->second, width);
+        }
+        if (word[0] == '0' && word.size() > 2 && (word[1] == 'f' || word[1] == 'd')) {
+            ++now;
+            return constant(std::strtoull(std::string(word.substr(2)).c_str(), nullptr, 16), width);
+        }
+        if (word == "-" || std::isdigit(static_cast<unsigned char>(word[0])))
+            return constant(static_cast<uint64_t>(number()), width);
+        fail("unknown operand " + std::string(word));
+    }
+
+    // What a conversion from 32 bits takes of a register of 64.
+    uint32_t lower_half(uint32_t at) {
+        Instruction i;
+        i.name = "cvt.u32.u64";
+        i.step = arithmetic().at(i.name).step;
+        i.line = tokens[now].line, i.place = place;
+        i.from = {at};
+        i.to = {add_register(4)};
+        kernel->code.push_back(i);
+        return i.to[0];
+    }
+    bool is_conversion = false;
+
+    // {%r1, %r2} or one of them
+    std::vector<uint32_t> operands(uint8_t width, uint8_t* found_width = nullptr) {
+        std::vector<uint32_t> all;
+        if (!take("{")) return {operand(width, found_width)};
+        do all.push_back(operand(width, found_width));
+        while (take(","));
+        expect("}");
+        return all;
+    }
+
+    // [%rd1+8]
+    void address(Instruction& i) {
+        expect("[");
+        const std::string_view word = tokens[now].text;
+        i.address_width = 8;
+        if (i.space == Space::PARAM) {
+            i.address = operand(8, &i.address_width);
+        } else if (shared.count(word)) {
+            i.address = shared_address(word, i.address_width = 4);
+            ++now;
+        } else {
+            i.address = operand(0, &i.address_width);
+        }
+        if (take("+")) i.offset += number();
+        expect("]");
+    }
+
+    void instruction() {
+        Instruction i;
+        i.line = tokens[now].line;
+        i.place = place;
+        if (take("@")) {
+            i.guarded = true;
+            i.guard_negated = take("!");
+            i.guard = operand(1);
+        }
+        const std::string_view name = i.name = next();
+        is_conversion = name.substr(0, 4) == "cvt.";
+        if (name == "bra" || name == "bra.uni") {
+            i.flow = Flow::BRANCH;
+            jumps.emplace_back(kernel->code.size(), next());
+        } else if (name == "ret") {
+            i.flow = Flow::RETURN;
+        } else if (name == "bar.sync") {
+            if (number() != 0) fail("a barrier with a number");
+            i.flow = Flow::BARRIER;
+        } else if (name == "nanosleep.u32") {
+            operand(4);
+            i.flow = Flow::PAUSE;
+        } else if (const auto found = arithmetic().find(name); found != arithmetic().end()) {
+            i.step = found->second.step;
+            for (size_t k = 0; k < found->second.widths.size();) {
+                if (k > 0) expect(",");
+                const bool packed = tokens[now].text == "{";  // mov.b64 {%r1, %r2}, %fd1
+                const uint8_t width = found->second.widths[k];
+                std::vector<uint32_t> all = operands(packed ? 0 : width);
+                auto& list = static_cast<int>(k) < found->second.results ? i.to : i.from;
+                list.insert(list.end(), all.begin(), all.end());
+                ++k;
+            }
+        } else {
+            memory(i);
+        }
+        expect(";");
+        kernel->code.push_back(std::move(i));
+    }
+
+    void memory(Instruction& i) {
+        try {
+            find_memory_step(i);
+        } catch (const Fault& fault) {
+            --now;
+            fail(fault.what());
+        }
+        const std::string_view kind = i.name.substr(0, i.name.find('.'));
+        if (kind == "ld" || kind == "ldmatrix") {
+            i.to = operands(0, &i.register_width);
+            expect(",");
+            address(i);
+        } else if (kind == "st") {
+            address(i);
+            expect(",");
+            i.from = i.width == 2 || i.width == 1 ? operands(2, &i.register_width) : operands(i.width);
+            if (i.register_width == 0) i.register_width = i.width;
+        } else if (kind == "atom") {
+            i.to = operands(4);
+            expect(",");
+            address(i);
+            expect(",");
+            i.from = operands(4);
+        } else if (i.name.substr(0, 13) == "cp.async.wait") {
+            return;
+        } else if (kind == "cp") {
+            address(i);
+            expect(",");
+            Instruction source;
+            address(source);
+            expect(",");
+            i.from = {source.address, constant(static_cast<uint64_t>(source.offset), 8)};
+            if (number() != 16) fail("an asynchronous copy of another size than 16 bytes");
+            i.from.push_back(take(",") ? operand(4) : constant(16, 4));
+        } else if (kind == "mma") {
+            i.to = operands(4);
+            for (int k = 0; k < 3; ++k) {
+                expect(",");
+                const auto all = operands(4);
+                i.from.insert(i.from.end(), all.begin(), all.end());
+            }
+        } else if (kind == "shfl") {  // d|p, a, b, c, mask
+            i.to = operands(4);
+            if (take("|")) i.to.push_back(operand(1));
+            for (int k = 0; k < 4; ++k) {
+                expect(",");
+                i.from.push_back(operand(4));
+            }
+        } else if (kind == "match") {
+            i.to = operands(4);
+            for (int k = 0; k < 2; ++k) {
+                expect(",");
+                i.from.push_back(operand(4));
+            }
+        } else if (kind == "bar") {  // bar.warp.sync mask
+            i.from = operands(4);
+        }
+        if (i.count != 1 && (kind == "ld" || kind == "st") && (kind == "ld" ? i.to : i.from).size() != i.count)
+            fail("another number of registers than the vector has elements");
+    }
+};
+
+}  // namespace
+
+std::map<std::string, Kernel> parse(std::string_view text) { return Parser(text).module(); }
+
+}  // namespace ptx
