@@ -130,8 +130,8 @@ def load(backend="cuda_shim"):
 class Gpu:
     """What programs find on this machine; `reset` at the end."""
 
-    def __init__(self):
-        self.library = ctypes.CDLL(load().__file__)
+    def __init__(self, backend="cuda_shim"):
+        self.library = ctypes.CDLL(load(backend).__file__)
         self.library.shim_free_memory.argtypes = [ctypes.c_size_t]
 
     def is_like(self, driver=13000, count=1, capability=9):
@@ -159,8 +159,8 @@ class Gpu:
 class Barriers:
     """The barriers of the kernels (__syncthreads), which can be left out one at a time, and the order of threads."""
 
-    def __init__(self):
-        self.library = ctypes.CDLL(load().__file__)
+    def __init__(self, backend="cuda_shim"):
+        self.library = ctypes.CDLL(load(backend).__file__)
 
     def met(self):
         """("layernorm.cu", 123) of every barrier since the last call."""

@@ -42,7 +42,7 @@ loss_kernel(T* logits, const int32_t* targets, float* losses, const float* scale
     float top = -FLT_MAX, total = 0.0f;
     for (int j = first; j < V; j += step) {
         Floats<W> x = load<W>(row + j);
-        if (kept && backward) store(tile + j, x);
+        if (kept && backward) store<TILE>(tile + j, x);
         if (j + W > V) {
 #pragma unroll
             for (int k = 0; k < W; ++k)

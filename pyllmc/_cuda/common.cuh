@@ -71,8 +71,9 @@ struct Floats {
     __device__ __forceinline__ float operator[](int i) const { return v[i]; }
 };
 
-// How a value is moved: KEEP it in the caches for a reader to come, or STREAM past them.
-enum Hint { KEEP, STREAM };
+// How a value is moved: KEEP it in the caches for a reader to come, or STREAM past them; what is stored may go to a TILE in
+// shared memory.
+enum Hint { KEEP, STREAM, TILE };
 
 // 16 bytes as they lie in memory, for what is loaded early and used late: bfloat16 takes half the registers of float.
 template <class T>
@@ -136,6 +137,8 @@ __device__ __forceinline__ void store(T* p, const Floats<W>& x) {
             const uint4 all{word[0], word[1], word[2], word[3]};
             if (hint == STREAM)
                 __stcs(at, all);
+            else if (hint == KEEP)
+                __stwb(at, all);  // of *at = all, nvcc makes four stores of 4 bytes in some kernels
             else
                 *at = all;
         }

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <cstdio>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "machine.h"
@@ -52,6 +54,10 @@ struct Configuration {
 thread_local Configuration configuration;
 
 using shim::failed;
+
+std::string site_of(const ptx::Kernel& kernel, const ptx::Instruction& i) {
+    return kernel.places[i.flow == ptx::Flow::BARRIER ? i.place : i.caller];
+}
 
 cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, const std::vector<unsigned char>& parameters) {
     const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
@@ -160,6 +166,31 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
 // ---- for the tests, through ctypes -----------------------------------------------------------------------------------
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The barriers and waits for copies met since the last call, "file:line" one a line; then forgets them. A wait for copies
+// is where the function is called that holds the instruction.
+EXPORTED int shim_barriers(char* text, int size) {
+    std::set<std::string> met;
+    for (auto& [host, function] : functions()) {
+        if (!function.module->parsed) continue;
+        ptx::Kernel& kernel = function.kernel();
+        for (ptx::Instruction& i : kernel.code)
+            if (std::exchange(i.met, false)) met.insert(site_of(kernel, i));
+    }
+    std::string all;
+    for (const std::string& site : met) all += site + "\n";
+    std::snprintf(text, static_cast<size_t>(size), "%s", all.c_str());
+    return static_cast<int>(all.size());
+}
+
+// From now on no thread waits at the barrier, or for the copies, of this line; line 0 brings it back.
+EXPORTED void shim_skip_barrier(const char* file, int line) {
+    const std::string site = file + (":" + std::to_string(line));
+    for (auto& [host, function] : functions()) {
+        ptx::Kernel& kernel = function.kernel();
+        for (ptx::Instruction& i : kernel.code) i.skipped = i.waits && site_of(kernel, i) == site;
+    }
+}
 
 EXPORTED void shim_reverse(int reversed) { shim::reversed = reversed != 0; }
 

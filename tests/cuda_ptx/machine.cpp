@@ -58,12 +58,30 @@ bool Warp::are_together(const Instruction& i, uint32_t lanes) {
     return false;
 }
 
+namespace {
+
+// "mma.cuh:75, called from flash_forward.cu:88: "
+std::string place_of(const Kernel& kernel, const Instruction& i) {
+    if (i.place == NO_PLACE) return "";
+    const std::string inlined = i.caller == i.place ? "" : ", called from " + kernel.places[i.caller];
+    return kernel.places[i.place] + inlined + ": ";
+}
+
+}  // namespace
+
 Stop Warp::run() {
-    const Instruction* const code = kernel->code.data();
+    Instruction* const code = block->launch->kernel->code.data();
     try {
         for (;;) {
             if (at >= other) regroup();
-            const Instruction& i = code[at];
+            Instruction& i = code[at];
+            if (i.waits) {
+                i.met = true;
+                if (i.skipped) {
+                    ++at;
+                    continue;
+                }
+            }
             uint32_t lanes = on;
             if (i.guarded) {
                 const uint32_t guard = *reg<uint32_t>(i.guard);
@@ -124,7 +142,7 @@ Stop Warp::run() {
         }
     } catch (const Fault& fault) {
         const Instruction& i = code[std::min<size_t>(at, kernel->code.size() - 1)];
-        throw Fault((i.place == NO_PLACE ? std::string() : kernel->places[i.place] + ": ") + kernel->name + ": " + fault.what() +
+        throw Fault(place_of(*kernel, i) + kernel->name + ": " + fault.what() +
                     "; block " + std::to_string(block->index[0]) + " " + std::to_string(block->index[1]) + ", warp " +
                     std::to_string(index) + ", PTX line " + std::to_string(i.line) + ": " + std::string(i.name));
     }

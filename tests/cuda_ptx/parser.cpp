@@ -111,7 +111,7 @@ private:
     std::map<std::pair<uint64_t, uint8_t>, uint32_t> constants;
     std::vector<std::pair<uint32_t, std::string_view>> jumps;
     std::vector<uint32_t> dynamic;  // constants that are the address of the dynamic shared memory
-    uint32_t place = NO_PLACE, alignment_of_dynamic = 1;
+    uint32_t place = NO_PLACE, caller = NO_PLACE, alignment_of_dynamic = 1;
     std::map<std::string, uint32_t> places;
 
     [[noreturn]] void fail(const std::string& what) {
@@ -219,7 +219,7 @@ private:
         kernel = &of;
         registers.clear(), parameters.clear(), labels.clear(), shared_at.clear(), constants.clear(), jumps.clear();
         dynamic.clear(), dynamic_widths.clear(), places.clear();
-        place = NO_PLACE, alignment_of_dynamic = 1;
+        place = caller = NO_PLACE, alignment_of_dynamic = 1;
         of.image.assign(64, 0);  // so that 0 is no register
         ++now;
         expect("(");
@@ -266,6 +266,12 @@ private:
         of.tallies.resize(of.code.size());
     }
 
+    // "gelu.cu:34" of the file and the line at this token.
+    uint32_t place_of(size_t token) {
+        const std::string name = std::string(files[tokens[token].text]) + ":" + std::string(tokens[token + 1].text);
+        return places.try_emplace(name, static_cast<uint32_t>(places.size())).first->second;
+    }
+
     // Reads one statement; 1 where it opens a scope, -1 where it closes one.
     int statement() {
         if (take("{")) return 1;
@@ -279,9 +285,10 @@ private:
         } else if (word == ".pragma") {
             while (!take(";")) ++now;
         } else if (word == ".loc") {
-            const std::string name = std::string(files[tokens[now + 1].text]) + ":" + std::string(tokens[now + 2].text);
-            place = places.try_emplace(name, static_cast<uint32_t>(places.size())).first->second;
-            skip_line();
+            place = place_of(now + 1);
+            caller = place;
+            for (const uint32_t line = tokens[now].line; now < tokens.size() && tokens[now].line == line; ++now)
+                if (tokens[now].text == "inlined_at") caller = place_of(now + 1);
         } else if (tokens[now + 1].text == ":") {
             labels[word] = static_cast<uint32_t>(kernel->code.size());
             now += 2;
@@ -386,6 +393,7 @@ private:
         Instruction i;
         i.line = tokens[now].line;
         i.place = place;
+        i.caller = caller;
         if (take("@")) {
             i.guarded = true;
             i.guard_negated = take("!");
@@ -419,6 +427,7 @@ private:
             memory(i);
         }
         expect(";");
+        i.waits = i.flow == Flow::BARRIER || name == "bar.warp.sync" || name == "cp.async.wait_all";
         kernel->code.push_back(std::move(i));
     }
 

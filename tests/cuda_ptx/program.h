@@ -49,6 +49,9 @@ struct Instruction {
     uint32_t target = 0;          // index of the instruction that is gone to
     uint32_t line = 0;            // in the PTX
     uint32_t place = NO_PLACE;    // in Kernel::places
+    uint32_t caller = NO_PLACE;   // where what is at `place` was inlined
+    bool waits = false;           // a barrier, or a wait for copies: may be left out by tests
+    bool met = false, skipped = false;
     std::string_view name;
 };
 

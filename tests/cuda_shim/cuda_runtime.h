@@ -308,6 +308,8 @@ T __ldcg(const T* p) { return *p; }
 template <class T>
 void __stcs(T* p, const T& value) { *p = value; }
 template <class T>
+void __stwb(T* p, const T& value) { *p = value; }
+template <class T>
 void __stcg(T* p, const T& value) { *p = value; }
 
 inline float __fdividef(float a, float b) { return a / b; }
