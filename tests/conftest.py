@@ -87,8 +87,8 @@ def device_ops(name):
     """The module of ops of a device backend; the test is skipped, with the reason, where it cannot be compiled."""
     if name == "cuda":
         return importlib.import_module("pyllmc._cuda").module
-    if shim.compiler() is None:
-        pytest.skip("no C++ compiler")
+    if reason := shim.missing(name):
+        pytest.skip(reason)
     return shim.load(name)
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "pyllmc" / "_cuda"
 SHIM = ROOT / "tests" / "cuda_shim"
 MACHINE = ROOT / "tests" / "cuda_ptx"
+BACKENDS = ("cuda_shim", "cuda_ptx")
 BUILD = ROOT / "build" / "cuda_shim"
 
 # As for the kernels on a GPU, a product and a sum may fuse; nothing else of the arithmetic is free.
@@ -41,6 +42,13 @@ def compiler():
     """The C++ compiler's command, or None where there is none."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return command if shutil.which(command[0]) else None
+
+
+def missing(backend):
+    """Why a backend cannot be compiled here, or "" where it can."""
+    if compiler() is None:
+        return "no C++ compiler"
+    return "no nvcc, which makes the PTX" if backend == "cuda_ptx" and NVCC is None else ""
 
 
 def sources():
@@ -90,10 +98,10 @@ def _commands(backend):
     cxx = [*compiler(), *FLAGS, *SANITIZE_FLAGS, f"-I{CUDA}"]
     if backend == "cuda_shim":
         cxx.append(f"-I{SHIM}")
-        kernels = {path: [*cxx, "-x", "c++"] for path in sources() if path.suffix == ".cu"}
+        kernels = {path: [*cxx, "-x", "c++"] for path in sources() if path.suffix == ".cu" and path.parent != MACHINE}
         return kernels | {path: cxx for path in SHIM.glob("*.cpp")}
     nvcc = [NVCC, *NVCC_FLAGS, "-lineinfo", "-cudart=none", "--no-compress", f"-I{CUDA}"]
-    kernels = {path: nvcc for path in CUDA.glob("*.cu")}
+    kernels = {path: nvcc for path in sources() if path.suffix == ".cu"}
     machine = [*(SHIM / f"{name}.cpp" for name in ("runtime", "streams", "cublaslt", "nccl")), *MACHINE.glob("*.cpp")]
     return kernels | {path: [NVCC, *MACHINE_FLAGS, f"-I{CUDA}"] for path in machine}
 

@@ -1,4 +1,5 @@
 // What the instructions do that a lane does alone in its registers, exactly as the PTX ISA says.
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <cstring>
@@ -182,22 +183,6 @@ __attribute__((noinline)) void fused_downward(Warp& w, const Instruction& i, uin
     std::fesetround(before);
 }
 
-// mov.b64 {%r1, %r2}, %rd1 and back
-void mov_b64(Warp& w, const Instruction& i, uint32_t lanes) {
-    for (int lane = 0; lane < LANES; ++lane)
-        if (lanes >> lane & 1) {
-            u64 value;
-            if (i.from.size() == 2) value = w.reg<u32>(i.from[0])[lane] | static_cast<u64>(w.reg<u32>(i.from[1])[lane]) << 32;
-            else value = w.reg<u64>(i.from[0])[lane];
-            if (i.to.size() == 2) {
-                w.reg<u32>(i.to[0])[lane] = static_cast<u32>(value);
-                w.reg<u32>(i.to[1])[lane] = static_cast<u32>(value >> 32);
-            } else {
-                w.reg<u64>(i.to[0])[lane] = value;
-            }
-        }
-}
-
 u64 from_shared(u64 a) { return a + SHARED_WINDOW; }
 u64 to_shared(u64 a) { return a - SHARED_WINDOW; }
 
@@ -286,7 +271,6 @@ std::map<std::string_view, Known> table() {
         {"xor.pred", lanes<one_of>()},
         {"not.pred", lanes<negated>()},
         {"mov.pred", lanes<same>()},
-        {"mov.b64", {mov_b64, 1, {8, 8}}},
     };
     floats<float>(all, "f32");
     floats<double>(all, "f64");
@@ -301,6 +285,23 @@ std::map<std::string_view, Known> table() {
 }
 
 }  // namespace
+
+// mov.b64 {%r1, %r2}, %rd1 and back: parts of i.width bytes, the first one lowest.
+void move_parts(Warp& w, const Instruction& i, uint32_t lanes) {
+    const size_t parts = std::max(i.to.size(), i.from.size()), bytes = i.width, whole = parts * bytes;
+    for (size_t lane = 0; lane < LANES; ++lane) {
+        if (!(lanes >> lane & 1)) continue;
+        unsigned char value[8];
+        for (size_t k = 0; k < i.from.size(); ++k) {
+            const size_t size = whole / i.from.size();
+            std::memcpy(value + k * size, w.reg<unsigned char>(i.from[k]) + lane * size, size);
+        }
+        for (size_t k = 0; k < i.to.size(); ++k) {
+            const size_t size = whole / i.to.size();
+            std::memcpy(w.reg<unsigned char>(i.to[k]) + lane * size, value + k * size, size);
+        }
+    }
+}
 
 const std::map<std::string_view, Known>& arithmetic() {
     static const auto known = table();

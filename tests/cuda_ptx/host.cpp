@@ -74,7 +74,7 @@ cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, con
         if (kernel.dynamic_start + shared > (unasked ? shim::UNASKED_SHARED : shim::MAX_SHARED))
             return failed(cudaErrorInvalidValue, "more shared memory, static and dynamic, than a block may have");
         ptx::Launch launch{&kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                           static_cast<uint32_t>(shared), parameters, {}};
+                           static_cast<uint32_t>(shared), parameters, {}, 0, {}};
         ++kernel.launches;
         ptx::run(launch);
         kernel.unique_sectors += launch.sectors.size();

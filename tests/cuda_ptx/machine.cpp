@@ -158,6 +158,8 @@ constexpr int PATIENCE = 1000;  // rounds in which nobody does anything but to l
 void start(Block& block, Launch& launch, uint64_t number) {
     const Kernel& kernel = *launch.kernel;
     block.launch = &launch;
+    block.number = static_cast<uint32_t>(number);
+    block.seen.clear();
     block.index[0] = static_cast<uint32_t>(number % launch.grid[0]);
     block.index[1] = static_cast<uint32_t>(number / launch.grid[0] % launch.grid[1]);
     block.index[2] = static_cast<uint32_t>(number / launch.grid[0] / launch.grid[1]);
@@ -220,6 +222,7 @@ bool is_done(const Block& block) {
 void run(Launch& launch) {
     const uint64_t blocks = uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
     std::vector<std::unique_ptr<Block>> resident, spare;
+    launch.start = ++clock_now;
     uint64_t next = 0;
     for (int idle = 0; next < blocks || !resident.empty();) {
         while (resident.size() < RESIDENT && next < blocks) {

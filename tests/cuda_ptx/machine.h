@@ -11,13 +11,22 @@
 
 namespace ptx {
 
-// Two bytes of shared memory: who wrote and who read them last. Clocks are the block's, which its barriers advance, and
-// the warp's, which __syncwarp advances too; they never go back, so what a block before this one did is older than it.
+// Two bytes of memory: who wrote and who read them last, and when by the clock of their warp. All clocks are drawn from one
+// that never goes back: a barrier gives the block and its warps a new time, __syncwarp the warp.
 struct Cell {
-    uint64_t written = 0, written_in_warp = 0, read = 0, read_in_warp = 0;
+    uint64_t written = 0, read = 0;
+    uint32_t writer_block = 0, reader_block = 0;
     uint16_t writer = 0, reader = 0;
     enum : uint8_t { NOBODY, ONE, WARP, SEVERAL } readers = NOBODY;
     bool atomic = false, pending = false;  // pending: an asynchronous copy that was not waited for writes it
+};
+
+// What a block has done that another one may rely on: all before `until`, and what the thread did that said so. The other
+// one may since its thread `seer` saw that, its other threads after a barrier that comes later than `since`.
+struct Seen {
+    uint64_t until;
+    uint16_t sayer, seer;
+    uint64_t since;
 };
 
 struct Copy {
@@ -31,7 +40,8 @@ struct Launch;
 
 struct Block {
     Launch* launch;
-    uint32_t index[3];
+    uint32_t index[3], number;
+    std::map<uint32_t, Seen> seen;  // of other blocks, by their numbers
     std::vector<unsigned char> shared;
     std::vector<Cell> cells;
     uint64_t start = 0, clock = 0;
@@ -71,6 +81,8 @@ struct Launch {
     uint32_t shared_bytes;
     std::vector<unsigned char> parameters;
     std::unordered_set<uint64_t> sectors;  // of global memory, where it is counted
+    uint64_t start = 0;
+    std::map<uint64_t, std::map<uint32_t, Seen>> released;  // what stands behind a flag, by its address
 };
 
 extern bool counting;

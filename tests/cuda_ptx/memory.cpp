@@ -1,4 +1,6 @@
 // What the instructions do that touch memory, or that a warp does together; and what is checked and counted of it.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,74 +10,100 @@
 namespace ptx {
 namespace {
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- who touched what, and when ---------------------------------------------------------------------------------------------------
 
 constexpr uint32_t CELL = 2;  // bytes
 
-[[noreturn]] void race(const char* what, uint32_t address, int thread, int other) {
-    throw Fault(std::string(what) + " with nothing that orders them: shared address " + std::to_string(address) +
-                ", threads " + std::to_string(other) + " and " + std::to_string(thread));
+[[noreturn]] void race(const char* what, const std::string& where, int thread, uint32_t block, const Cell& cell, bool by_reader) {
+    const uint32_t other_block = by_reader ? cell.reader_block : cell.writer_block;
+    throw Fault(std::string(what) + " with nothing that orders them: " + where + ", thread " +
+                std::to_string(by_reader ? cell.reader : cell.writer) + (other_block == block ? "" : " of block " + std::to_string(other_block)) +
+                " and thread " + std::to_string(thread));
 }
 
-void check_place(const Block& block, uint32_t address, uint32_t bytes) {
+// Whether what a thread did at that time of its warp comes before what this one does now.
+bool ordered(const Warp& warp, int thread, uint32_t other_block, uint16_t other, uint64_t then) {
+    const Block& block = *warp.block;
+    if (other_block != block.number) {
+        const auto found = block.seen.find(other_block);
+        if (found == block.seen.end()) return false;
+        const Seen& seen = found->second;
+        return (then < seen.until || other == seen.sayer) && (thread == seen.seer || block.clock > seen.since);
+    }
+    if (other / LANES != thread / LANES) return block.clock > then;
+    return other == thread || warp.clock > then;
+}
+
+// A read or a write of cells, of which nothing counts that is older than `start`.
+template <class Where>
+void note_read(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
+    const Block& block = *warp.block;
+    for (Cell* const end = cell + count; cell < end; ++cell) {
+        if (cell->written >= start && !(atomic && cell->atomic) &&
+            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
+            race("a write and a read", where(), thread, block.number, *cell, false);
+        if (atomic) continue;  // two of these never meet by accident
+        const bool same_block = cell->reader_block == block.number;
+        if (cell->readers == Cell::NOBODY || cell->read < start || (same_block && cell->read < block.clock))
+            cell->readers = Cell::ONE;
+        else if (!same_block || cell->reader / LANES != thread / LANES)
+            cell->readers = Cell::SEVERAL;
+        else if (cell->reader != thread && cell->readers == Cell::ONE && cell->read >= warp.clock)
+            cell->readers = Cell::WARP;
+        else if (cell->readers == Cell::WARP && cell->read < warp.clock)
+            cell->readers = Cell::ONE;
+        cell->reader = static_cast<uint16_t>(thread);
+        cell->reader_block = block.number;
+        cell->read = warp.clock;
+    }
+}
+
+template <class Where>
+void note_write(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
+    const Block& block = *warp.block;
+    for (Cell* const end = cell + count; cell < end; ++cell) {
+        if (cell->written >= start && !(atomic && cell->atomic) &&
+            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
+            race("two writes", where(), thread, block.number, *cell, false);
+        if (cell->readers != Cell::NOBODY && cell->read >= start && !(atomic && cell->atomic)) {
+            const bool same_warp = cell->reader_block == block.number && cell->reader / LANES == thread / LANES;
+            bool before = ordered(warp, thread, cell->reader_block, cell->reader, cell->read);
+            if (same_warp && cell->readers == Cell::WARP) before = warp.clock > cell->read;
+            if (same_warp && cell->readers == Cell::SEVERAL) before = block.clock > cell->read;
+            if (!before) race("a read and a write", where(), thread, block.number, *cell, true);
+        }
+        cell->writer = static_cast<uint16_t>(thread);
+        cell->writer_block = block.number;
+        cell->written = warp.clock;
+        cell->atomic = atomic;
+        cell->readers = Cell::NOBODY;
+    }
+}
+
+Cell* shared_cells(Block& block, uint32_t address, uint32_t bytes) {
     if (address % bytes) throw Fault("shared address " + std::to_string(address) + " is no multiple of " + std::to_string(bytes));
     if (address + uint64_t{bytes} > block.shared.size())
         throw Fault("shared address " + std::to_string(address) + " is outside the block's " +
                     std::to_string(block.shared.size()) + " bytes");
     if (bytes < CELL) throw Fault("single bytes of shared memory are not followed");
+    Cell* const cells = &block.cells[address / CELL];
+    for (uint32_t i = 0; i < bytes / CELL; ++i)
+        if (cells[i].pending) throw Fault("an asynchronous copy to shared address " + std::to_string(address) + " was not waited for");
+    return cells;
 }
 
-bool ordered(const Warp& warp, int thread, uint16_t other, uint64_t clock, uint64_t warp_clock) {
-    if (other / LANES != thread / LANES) return warp.block->clock > clock;
-    return other == thread || warp.clock > warp_clock;
+void read_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
+    Cell* const cells = shared_cells(*warp.block, address, bytes);
+    for (uint32_t i = 0; i < bytes / CELL; ++i)
+        if (cells[i].written < warp.block->start)
+            throw Fault("nobody wrote what is read at shared address " + std::to_string(address));
+    note_read(warp, warp.index * LANES + lane, cells, bytes / CELL, warp.block->start, false,
+              [&] { return "shared address " + std::to_string(address); });
 }
 
-void note_read(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
-    Block& block = *warp.block;
-    check_place(block, address, bytes);
-    const int thread = warp.index * LANES + lane;
-    for (Cell *cell = &block.cells[address / CELL], *end = cell + bytes / CELL; cell < end; ++cell) {
-        if (cell->pending) throw Fault("read of an asynchronous copy that was not waited for: shared address " + std::to_string(address));
-        if (cell->written < block.start) throw Fault("read of shared memory that nobody wrote: shared address " + std::to_string(address));
-        if (!ordered(warp, thread, cell->writer, cell->written, cell->written_in_warp))
-            race("a write and a read", address, thread, cell->writer);
-        if (cell->readers == Cell::NOBODY || cell->read < block.clock) {
-            cell->readers = Cell::ONE;
-        } else if (cell->reader / LANES != thread / LANES) {
-            cell->readers = Cell::SEVERAL;
-        } else if (cell->reader != thread && cell->readers == Cell::ONE && cell->read_in_warp >= warp.clock) {
-            cell->readers = Cell::WARP;
-        } else if (cell->readers == Cell::WARP && cell->read_in_warp < warp.clock) {
-            cell->readers = Cell::ONE;
-        }
-        cell->reader = static_cast<uint16_t>(thread);
-        cell->read = block.clock;
-        cell->read_in_warp = warp.clock;
-    }
-}
-
-void note_write(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic = false) {
-    Block& block = *warp.block;
-    check_place(block, address, bytes);
-    const int thread = warp.index * LANES + lane;
-    for (Cell *cell = &block.cells[address / CELL], *end = cell + bytes / CELL; cell < end; ++cell) {
-        if (cell->pending) throw Fault("write where an asynchronous copy writes: shared address " + std::to_string(address));
-        if (cell->written >= block.start && !(atomic && cell->atomic) &&
-            !ordered(warp, thread, cell->writer, cell->written, cell->written_in_warp))
-            race("two writes", address, thread, cell->writer);
-        if (cell->readers != Cell::NOBODY && cell->read >= block.start) {
-            const bool same_warp = cell->reader / LANES == thread / LANES;
-            const bool others = cell->readers == Cell::SEVERAL || !same_warp;
-            if (others ? cell->read >= block.clock
-                       : (cell->readers == Cell::WARP || cell->reader != thread) && cell->read_in_warp >= warp.clock)
-                race("a read and a write", address, thread, cell->reader);
-        }
-        cell->writer = static_cast<uint16_t>(thread);
-        cell->written = block.clock;
-        cell->written_in_warp = warp.clock;
-        cell->atomic = atomic;
-        cell->readers = Cell::NOBODY;
-    }
+void write_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic = false) {
+    note_write(warp, warp.index * LANES + lane, shared_cells(*warp.block, address, bytes), bytes / CELL, warp.block->start,
+               atomic, [&] { return "shared address " + std::to_string(address); });
 }
 
 // The passes in which a warp's addresses are served: 128 bytes each, a bank of 4 bytes one word at a time.
@@ -100,15 +128,74 @@ void count_banks(Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t byte
 
 // ---- global memory ---------------------------------------------------------------------------------------------------
 
-void check_global(uint64_t address, uint32_t bytes) {
+// The cells of an allocation, made when it is first touched.
+struct Shadow {
+    uint64_t start = 0, end = 0;
+    Cell* cells = nullptr;
+    ~Shadow() {
+        if (cells) munmap(cells, (end - start + CELL) / CELL * sizeof(Cell));
+    }
+};
+
+Shadow& shadow_of(uint64_t address) {
+    static std::map<uint64_t, Shadow> shadows;  // by the start of the allocation
+    static Shadow* last = nullptr;
+    static uint64_t known_changes = 0;
+    if (known_changes != shim::allocations_changed) {
+        for (auto each = shadows.begin(); each != shadows.end();) {
+            const auto now = shim::allocation_at(each->first);
+            each = now.first == each->second.start && now.second == each->second.end ? std::next(each) : shadows.erase(each);
+        }
+        last = nullptr;
+        known_changes = shim::allocations_changed;
+    }
+    if (last && address >= last->start && address < last->end) return *last;
+    const auto [start, end] = shim::allocation_at(address);
+    last = &shadows[start];
+    if (last->cells == nullptr && end != 0) {
+        last->start = start, last->end = end;
+        void* cells = mmap(nullptr, (end - start + CELL) / CELL * sizeof(Cell), PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (cells == MAP_FAILED) throw Fault("no memory left to follow that of the device");
+        last->cells = static_cast<Cell*>(cells);
+    }
+    return *last;
+}
+
+Cell* global_cells(uint64_t address, uint32_t bytes) {
     if (address % bytes) throw Fault("address " + hexadecimal(address) + " is no multiple of " + std::to_string(bytes));
-    static thread_local std::pair<uint64_t, uint64_t> last{0, 0};
-    static thread_local uint64_t of_clock = 0;
-    if (of_clock != shim::allocations_changed) last = {0, 0}, of_clock = shim::allocations_changed;
-    if (address >= last.first && address + bytes <= last.second) return;
-    last = shim::allocation_at(address);
-    if (address < last.first || address + bytes > last.second)
+    const Shadow& shadow = shadow_of(address);
+    if (shadow.cells == nullptr || address + bytes > shadow.end)
         throw Fault("address " + hexadecimal(address) + " is outside of all memory of the device");
+    return shadow.cells + (address - shadow.start) / CELL;
+}
+
+void read_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false) {
+    note_read(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL, warp.block->launch->start, atomic,
+              [&] { return "address " + hexadecimal(address); });
+}
+
+void write_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false) {
+    note_write(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL, warp.block->launch->start, atomic,
+               [&] { return "address " + hexadecimal(address); });
+}
+
+// st.release: whoever sees this flag may rely on what the block did before its last barrier, and on what it relies on itself.
+void release(Warp& warp, int lane, uint64_t address) {
+    const Block& block = *warp.block;
+    const auto thread = static_cast<uint16_t>(warp.index * LANES + lane);
+    auto& said = block.launch->released[address];
+    said.clear();
+    for (const auto& [other, seen] : block.seen)
+        if (thread == seen.seer || block.clock > seen.since) said[other] = seen;
+    said[block.number] = {block.clock, thread, 0, 0};
+}
+
+void acquire(Warp& warp, int lane, uint64_t address) {
+    const auto found = warp.block->launch->released.find(address);
+    if (found == warp.block->launch->released.end()) return;
+    for (const auto& [other, seen] : found->second)
+        warp.block->seen[other] = {seen.until, seen.sayer, static_cast<uint16_t>(warp.index * LANES + lane), warp.clock};
 }
 
 void count_sectors(Launch& launch, Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t bytes) {
@@ -188,8 +275,9 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
     }
     for (int lane = 0; lane < LANES; ++lane)
         if (lanes >> lane & 1) {
-            if (i.space == Space::SHARED) note_read(w, lane, static_cast<uint32_t>(at[lane]), bytes);
-            else check_global(at[lane], bytes);
+            if (i.space == Space::SHARED) read_shared(w, lane, static_cast<uint32_t>(at[lane]), bytes);
+            else read_global(w, lane, at[lane], bytes, i.orders);
+            if (i.orders) acquire(w, lane, at[lane]);
             from[lane] = i.space == Space::SHARED ? of_shared(w, at[lane]) : reinterpret_cast<unsigned char*>(at[lane]);
         }
     if (counting) {
@@ -205,8 +293,9 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
     addresses(w, i, at);
     for (int lane = 0; lane < LANES; ++lane)
         if (lanes >> lane & 1) {
-            if (i.space == Space::SHARED) note_write(w, lane, static_cast<uint32_t>(at[lane]), bytes);
-            else check_global(at[lane], bytes);
+            if (i.space == Space::SHARED) write_shared(w, lane, static_cast<uint32_t>(at[lane]), bytes);
+            else write_global(w, lane, at[lane], bytes, i.orders);
+            if (i.orders) release(w, lane, at[lane]);
             unsigned char* to = i.space == Space::SHARED ? of_shared(w, at[lane]) : reinterpret_cast<unsigned char*>(at[lane]);
             for (size_t element = 0; element < i.from.size(); ++element)
                 std::memcpy(to + element * i.width, w.reg<unsigned char>(i.from[element]) + lane * i.register_width, i.width);
@@ -224,12 +313,12 @@ void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
         if (lanes >> lane & 1) {
             unsigned char* place;
             if (i.space == Space::SHARED) {
-                if (w.block->cells.size() > at[lane] / CELL && w.block->cells[at[lane] / CELL].written < w.block->start)
-                    throw Fault("read of shared memory that nobody wrote: shared address " + std::to_string(at[lane]));
-                note_write(w, lane, static_cast<uint32_t>(at[lane]), 4, true);
+                if (shared_cells(*w.block, static_cast<uint32_t>(at[lane]), 4)->written < w.block->start)
+                    throw Fault("nobody wrote what is added to at shared address " + std::to_string(at[lane]));
+                write_shared(w, lane, static_cast<uint32_t>(at[lane]), 4, true);
                 place = of_shared(w, at[lane]);
             } else {
-                check_global(at[lane], 4);
+                write_global(w, lane, at[lane], 4, true);
                 place = reinterpret_cast<unsigned char*>(at[lane]);
             }
             uint32_t before;
@@ -252,9 +341,9 @@ void copy_ahead(Warp& w, const Instruction& i, uint32_t lanes) {
             from[lane] = w.reg<uint64_t>(i.from[0])[lane] + w.reg<uint64_t>(i.from[1])[lane];
             if (valid > 16) throw Fault("an asynchronous copy of more than 16 bytes");
             if (from[lane] % 16) throw Fault("address " + hexadecimal(from[lane]) + " is no multiple of 16");
-            if (valid) check_global(from[lane], 16), reading |= 1u << lane;
+            if (valid) read_global(w, lane, from[lane], 16), reading |= 1u << lane;
             const uint32_t to = static_cast<uint32_t>(at[lane]);
-            note_write(w, lane, to, 16);
+            write_shared(w, lane, to, 16);
             for (uint32_t cell = to / CELL; cell < (to + 16) / CELL; ++cell) w.block->cells[cell].pending = true;
             w.copies.push_back({lane, to, from[lane], 16, valid});
         }
@@ -274,7 +363,7 @@ void wait_for_copies(Warp& w, const Instruction&, uint32_t lanes) {
         std::memset(of_shared(w, copy.to), 0, copy.bytes);
         std::memcpy(of_shared(w, copy.to), reinterpret_cast<const void*>(copy.from), copy.valid);
         for (uint32_t cell = copy.to / CELL; cell < (copy.to + copy.bytes) / CELL; ++cell) w.block->cells[cell].pending = false;
-        note_write(w, copy.lane, copy.to, copy.bytes);
+        write_shared(w, copy.lane, copy.to, copy.bytes);
     }
     w.copies.erase(kept, w.copies.end());
 }
@@ -287,7 +376,7 @@ template <bool transposed>
 void load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
     uint64_t at[LANES];
     addresses(w, i, at);
-    for (int lane = 0; lane < LANES; ++lane) check_place(*w.block, static_cast<uint32_t>(at[lane]), 16);
+    for (int lane = 0; lane < LANES; ++lane) shared_cells(*w.block, static_cast<uint32_t>(at[lane]), 16);
     if (counting) count_banks(tally_of(w, i), at, lanes, 16);
     for (int matrix = 0; matrix < 4; ++matrix) {
         uint32_t* to = w.reg<uint32_t>(i.to[static_cast<size_t>(matrix)]);
@@ -298,7 +387,7 @@ void load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
                 const int down = lane >> 2, across = (lane & 3) << 1 | half;
                 const uint64_t element = transposed ? at[matrix * 8 + across] + 2 * static_cast<uint64_t>(down)
                                                     : at[matrix * 8 + down] + 2 * static_cast<uint64_t>(across);
-                note_read(w, lane, static_cast<uint32_t>(element), 2);
+                read_shared(w, lane, static_cast<uint32_t>(element), 2);
                 uint16_t bits;
                 std::memcpy(&bits, of_shared(w, element), 2);
                 both |= static_cast<uint32_t>(bits) << 16 * half;
@@ -446,7 +535,8 @@ void find_memory_step(Instruction& i) {
         else if (word == "param" && words[0] == "ld") i.space = Space::PARAM;
         else if (word == "v2") i.count = 2;
         else if (word == "v4") i.count = 4;
-        else if (word == "cs" || word == "wb" || word == "cg" || word == "nc" || word == "release" || word == "acquire" || word == "gpu") continue;
+        else if (word == "cs" || word == "wb" || word == "cg" || word == "nc" || word == "gpu") continue;
+        else if (word == "release" || word == "acquire") i.orders = true;
         else if (k + 1 == words.size() && std::strchr("usbf", word[0]) && word.size() > 1) {
             i.width = static_cast<uint8_t>(std::atoi(std::string(word.substr(1)).c_str()) / 8);
             i.is_signed = word[0] == 's';

@@ -124,11 +124,13 @@ private:
         std::string found = status == 0 ? text : name;
         std::free(text);
         // "void pyllmc::(anonymous namespace)::name<types>(arguments)" -> "name<types>"
-        found = found.substr(0, found.find(status == 0 && found.find(">(") != std::string::npos ? ">(" : "(", 30) + 1);
-        const size_t end = found.find('<'), start = found.rfind("::", end);
-        found = found.substr(start == std::string::npos ? 0 : start + 2);
-        for (const std::string& word : {"pyllmc::", "(anonymous namespace)::"})
+        for (const std::string& word : {"(anonymous namespace)::", "pyllmc::", "void "})
             for (size_t i; (i = found.find(word)) != std::string::npos;) found.erase(i, word.size());
+        int depth = 0;
+        for (size_t i = 0; i < found.size(); ++i) {
+            depth += found[i] == '<' ? 1 : found[i] == '>' ? -1 : 0;
+            if (found[i] == '(' && depth == 0) return found.substr(0, i);
+        }
         return found;
     }
 
@@ -414,14 +416,16 @@ private:
             i.flow = Flow::PAUSE;
         } else if (const auto found = arithmetic().find(name); found != arithmetic().end()) {
             i.step = found->second.step;
-            for (size_t k = 0; k < found->second.widths.size();) {
+            for (size_t k = 0; k < found->second.widths.size(); ++k) {
                 if (k > 0) expect(",");
-                const bool packed = tokens[now].text == "{";  // mov.b64 {%r1, %r2}, %fd1
-                const uint8_t width = found->second.widths[k];
-                std::vector<uint32_t> all = operands(packed ? 0 : width);
                 auto& list = static_cast<int>(k) < found->second.results ? i.to : i.from;
-                list.insert(list.end(), all.begin(), all.end());
-                ++k;
+                if (tokens[now].text == "{" && name.substr(0, 5) == "mov.b") {
+                    list = operands(0, &i.width);
+                    i.step = move_parts;
+                    if (list.size() * i.width != found->second.widths[k]) fail("parts of another size");
+                } else {
+                    list.push_back(operand(found->second.widths[k]));
+                }
             }
         } else {
             memory(i);

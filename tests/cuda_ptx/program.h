@@ -38,6 +38,7 @@ struct Instruction {
     bool together = false;        // needs the lanes of a mask, or all, at once
     bool has_mask = false;        // the mask is the last of `from`
     bool is_signed = false;       // a load extends the sign
+    bool orders = false;          // a store that releases, a load that acquires
     uint8_t width = 0, count = 1; // of memory: bytes of an element, elements
     uint8_t register_width = 0;   // bytes of each register that is loaded or stored
     uint8_t address_width = 0;
@@ -89,6 +90,7 @@ struct Known {
 };
 const std::map<std::string_view, Known>& arithmetic();
 
+void move_parts(Warp& warp, const Instruction& instruction, uint32_t lanes);  // of mov with {}
 void find_memory_step(Instruction& instruction);
 
 // The kernels of a module, by the names that the host knows them by.
