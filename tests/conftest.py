@@ -3,8 +3,9 @@
 `cpu` is each ISA module of the CPU backend in turn: one that was built but that this processor cannot run shows up as
 a skipped test with the reason, never as a silent pass.
 `op_set` is all of these and the device backends behind NumPy arrays (on_device.py), for what every backend has to do.
-`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU. `gpu` is each of them
-as what `--device cuda` finds; without it the programs compute on the CPU, whatever this machine has.
+`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU; where that is asked for,
+their PTX on the CPU. `gpu` is each of them as what `--device cuda` finds; without it the programs compute on the CPU,
+whatever this machine has.
 `in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.
 pytest's own option `--device cuda` runs what one device backend has to do, and fails where that cannot run.
 """
@@ -55,7 +56,7 @@ def pytest_configure(config):
 
 
 def devices_here(config):
-    """Those that can run here; that no GPU can is told once, by a skipped test. The PTX runs only where it is asked for."""
+    """Those that can run here, the PTX only where it is asked for. That no GPU can is told once, by a skipped test."""
     asked = ["cuda_ptx"] if config.getoption("--device", None) == "cuda_ptx" else []
     return ["cuda_shim", *asked, *(["cuda"] if importlib.import_module("pyllmc._cuda").AVAILABLE else [])]
 
@@ -107,6 +108,8 @@ def gpu(request, monkeypatch):
     monkeypatch.setattr(cuda, "op_set", functools.cache(module.op_set))
     before = module.product_options()
     module.use_algorithms(None)
+    if request.param != "cuda":
+        shim.Gpu(request.param).reset()  # as much memory is free as in any other test
     yield module
     module.product_options(**before)
     module.use_algorithms(None)

@@ -1,6 +1,7 @@
-"""The CUDA backend for machines without a GPU: pyllmc/_cuda compiled as plain C++ through tests/cuda_shim.
+"""The CUDA backend for machines without a GPU: pyllmc/_cuda compiled as plain C++ through tests/cuda_shim, or, where
+nvcc is, to PTX that tests/cuda_ptx runs.
 
-`load()` gives the module that setup.py builds with nvcc, here built with g++ from the same .cu and .pyx files; it is
+`load(backend)` gives the module that setup.py builds with nvcc, here built from the same .cu and .pyx files; it is
 compiled when a source changed, into build/cuda_shim. Called by conftest.py and the tests of the CUDA backend.
 """
 
@@ -28,11 +29,14 @@ BUILD = ROOT / "build" / "cuda_shim"
 # As for the kernels on a GPU, a product and a sum may fuse; nothing else of the arithmetic is free.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
-# Only the PTX, as text; for the GPU whose code .ci/run compiles.
+# Kernels as PTX only, for the GPU whose code .ci/run compiles, uncompressed, with the lines of the source.
 NVCC = shutil.which("nvcc")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-gencode=arch=compute_90a,code=compute_90a"]
+NVCC_FLAGS += ["-lineinfo", "--no-compress", "-cudart=none"]
+# The machine runs on this processor only. It finds CUDA's headers because nvcc calls the compiler.
 MACHINE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-gnu-unique,-fno-strict-aliasing"]
-MACHINE_FLAGS += ["-Xcompiler=-Wall,-Wextra,-ffp-contract=off,-fno-math-errno,-march=native"]
+MACHINE_FLAGS += ["-Xcompiler=-Wall,-Wextra,-Werror,-ffp-contract=off,-fno-math-errno,-march=native"]
+HOST_PARTS = ("runtime", "streams", "cublaslt", "nccl")  # of the shim, which the machine has as well
 # As setup.py's: PYLLMC_SANITIZE=address,undefined, and the sanitizers' libraries in LD_PRELOAD.
 SANITIZE = os.environ.get("PYLLMC_SANITIZE", "")
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if SANITIZE else []
@@ -99,17 +103,17 @@ def _commands(backend):
     if backend == "cuda_shim":
         cxx.append(f"-I{SHIM}")
         kernels = {path: [*cxx, "-x", "c++"] for path in sources() if path.suffix == ".cu" and path.parent != MACHINE}
-        return kernels | {path: cxx for path in SHIM.glob("*.cpp")}
-    nvcc = [NVCC, *NVCC_FLAGS, "-lineinfo", "-cudart=none", "--no-compress", f"-I{CUDA}"]
-    kernels = {path: nvcc for path in sources() if path.suffix == ".cu"}
-    machine = [*(SHIM / f"{name}.cpp" for name in ("runtime", "streams", "cublaslt", "nccl")), *MACHINE.glob("*.cpp")]
-    return kernels | {path: [NVCC, *MACHINE_FLAGS, f"-I{CUDA}"] for path in machine}
+        return kernels | dict.fromkeys(SHIM.glob("*.cpp"), cxx)
+    kernels = {path: [NVCC, *NVCC_FLAGS, f"-I{CUDA}"] for path in sources() if path.suffix == ".cu"}
+    machine = [*(SHIM / f"{name}.cpp" for name in HOST_PARTS), *MACHINE.glob("*.cpp")]
+    return kernels | dict.fromkeys(machine, [NVCC, *MACHINE_FLAGS, f"-I{CUDA}"])
 
 
 def build(backend="cuda_shim"):
     """The extension's path."""
     headers = [path for path in sources() if path.suffix in (".h", ".cuh")]
-    python = [*compiler(), *FLAGS, *SANITIZE_FLAGS, f"-I{SHIM}", f"-I{CUDA}", f"-I{sysconfig.get_path('include')}", "-w"]
+    folders = [f"-I{path}" for path in (SHIM, CUDA, sysconfig.get_path("include"))]
+    python = [*compiler(), *FLAGS, *SANITIZE_FLAGS, *folders, "-w"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         wrapper = pool.submit(lambda: _compile(_cython(), headers, python))
         commands = sorted(_commands(backend).items())
@@ -133,6 +137,11 @@ def load(backend="cuda_shim"):
     # The stand-ins are part of the same file.
     module._find_cublaslt = module._find_nccl = lambda: [str(path)]
     return module
+
+
+def backend_of(module):
+    """The name of the backend that `load` gave this module for."""
+    return module.__name__.partition(".")[0]
 
 
 class Gpu:

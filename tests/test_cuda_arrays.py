@@ -209,6 +209,8 @@ def test_dlpack_shares_memory_both_ways(device):
     torch = pytest.importorskip("torch")
     for dtype in ("float32", "bfloat16", "int32"):
         array = device.from_host(np.arange(6).reshape(2, 3), dtype=dtype)
+        if array.__dlpack_device__()[0] == 2 and not torch.cuda.is_available():
+            pytest.skip("arrays of CUDA's, and PyTorch without CUDA")
         tensor = torch.from_dlpack(array)
         assert tuple(tensor.shape) == (2, 3) and str(tensor.dtype) == f"torch.{dtype}"
         tensor[1, 2] = 9

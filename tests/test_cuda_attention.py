@@ -18,7 +18,7 @@ BF16 = "bfloat16"
 ULP = 2.0**-8
 
 
-# ---- mma.cuh, as plain C++ and as PTX, against the figures of the PTX ISA -------------------------------------------------------
+# ---- mma.cuh, as plain C++ and as PTX, against the figures of the PTX ISA --------------------------------------------
 
 
 @pytest.fixture(params=shim.BACKENDS, scope="module")

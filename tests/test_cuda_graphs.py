@@ -21,7 +21,7 @@ CONFIG = GPT2Config(num_layers=2, num_heads=2, channels=32, vocab_size=61, max_s
 def made_gpu(device):
     """The GPU of the shim, whose driver and memory tests may change."""
     if not device.why_unavailable() and device.device()["name"].startswith("no GPU"):
-        gpu = shim.Gpu()
+        gpu = shim.Gpu(shim.backend_of(device))
         yield gpu
         gpu.reset()
     else:

@@ -22,16 +22,17 @@ from pyllmc import _cuda
 UNNOTICED = {}
 
 
-@pytest.fixture(scope="module")
-def cuda_shim():
-    if shim.compiler() is None:
-        pytest.skip("no C++ compiler")
-    return shim.load()
+@pytest.fixture(params=shim.BACKENDS, scope="module")
+def built(request):
+    """The kernels as plain C++, and as PTX."""
+    if reason := shim.missing(request.param):
+        pytest.skip(reason)
+    return shim.load(request.param)
 
 
 @pytest.fixture
-def barriers(cuda_shim):
-    control = shim.Barriers()
+def barriers(built):
+    control = shim.Barriers(shim.backend_of(built))
     control.met()
     yield control
     control.skip()
@@ -69,13 +70,13 @@ def goes_wrong_in_a_child(*arguments):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
 
 
-def test_a_barrier_left_out_is_noticed(cuda_shim, barriers):
+def test_a_barrier_left_out_is_noticed(built, barriers):
     unnoticed, seen = set(), set()
     for op in cases.CASES:
-        if not hasattr(cuda_shim, op):
+        if not hasattr(built, op):
             continue
         for dtype in ("float32", "bfloat16"):
-            device, table = OnDevice(cuda_shim, dtype), [*cases.CASES[op][-3:], *small(op)]
+            device, table = OnDevice(built, dtype), [*cases.CASES[op][-3:], *small(op)]
             barriers.met()
             assert not goes_wrong(device, barriers, table), f"{op} fails with all barriers"
             for site in set(barriers.met()) - seen:
@@ -111,8 +112,8 @@ def test_memory_of_another_library_is_given_back_when_the_ops_are_done(cuda_shim
 
 
 @pytest.mark.parametrize("op", cases.CASES)
-def test_any_order_of_threads_gives_the_same_bits(cuda_shim, barriers, op):
-    device = OnDevice(cuda_shim)
+def test_any_order_of_threads_gives_the_same_bits(built, barriers, op):
+    device = OnDevice(built)
     for case in some(op, 2):
         results = []
         for reverse in (False, True):
@@ -126,8 +127,10 @@ def test_any_order_of_threads_gives_the_same_bits(cuda_shim, barriers, op):
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing(cuda_shim):
+def test_sanitizers_find_nothing():
     """All cases again, in a process in which AddressSanitizer and UndefinedBehaviorSanitizer watch."""
+    if reason := shim.missing("cuda_shim"):
+        pytest.skip(reason)
     find = [*shim.compiler(), "-print-file-name=libasan.so"], [*shim.compiler(), "-print-file-name=libubsan.so"]
     paths = [subprocess.check_output(command, text=True).strip() for command in find]
     if not all(map(os.path.isabs, paths)):

@@ -87,7 +87,8 @@ __device__ __forceinline__ float round_stochastically(float x, uint32_t random) 
     return __uint_as_float((bits + random) & 0xffff0000u);
 }
 
-// The elements i .. i + W - 1 of param and grad, which are s .. s + W - 1 of m, v and master.
+// The elements i .. i + W - 1 of param and grad, which are s .. s + W - 1 of m, v and master. Which product is fused with
+// which sum is said here: left to the compiler, it differs between W = 1 and vectors, and so between parts and the whole.
 template <class T, int W>
 __device__ __forceinline__ void update(T* param, const T* grad, float* m, float* v, float* master, size_t i, size_t s,
                                        const AdamW& o, float decay) {
@@ -96,11 +97,12 @@ __device__ __forceinline__ void update(T* param, const T* grad, float* m, float*
     Floats<W> w = master != nullptr ? load<W, STREAM>(master + s) : load<W>(param + i);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-        const float x = g[j] * o.grad_scale;
-        mean[j] += o.one_minus_beta1 * (x - mean[j]);
+        const float x = __fmul_rn(g[j], o.grad_scale);
+        mean[j] = fmaf(o.one_minus_beta1, x - mean[j], mean[j]);
         // not as a difference: where x^2 overflows, v is infinite and the weight rests, instead of inf - inf
-        square[j] = o.beta2 * square[j] + o.one_minus_beta2 * (x * x);
-        w[j] -= o.step_size * mean[j] / (sqrtf(square[j]) * o.root_scale + o.eps) + decay * w[j];
+        square[j] = fmaf(o.beta2, square[j], o.one_minus_beta2 * (x * x));
+        const float size = fmaf(sqrtf(square[j]), o.root_scale, o.eps);
+        w[j] -= fmaf(decay, w[j], o.step_size * mean[j] / size);
     }
     store<STREAM>(m + s, mean);
     store<STREAM>(v + s, square);

@@ -215,7 +215,9 @@ EXPORTED size_t ptx_counts(char* text, size_t size) {
         for (size_t k = 0; k < kernel.code.size(); ++k) {
             const ptx::Tally& tally = kernel.tallies[k];
             if (tally.warps == 0) continue;
-            const uint32_t place = kernel.code[k].place;
+            const ptx::Instruction& i = kernel.code[k];
+            const bool is_cudas = i.place != ptx::NO_PLACE && kernel.places[i.place].find(".hpp:") != std::string::npos;
+            const uint32_t place = is_cudas ? i.caller : i.place;
             all += kernel.name + "\t" + std::to_string(kernel.launches) + "\t" + std::to_string(kernel.unique_sectors) + "\t" +
                    std::string(kernel.code[k].name) + "\t" + (place == ptx::NO_PLACE ? "" : kernel.places[place]);
             for (const uint64_t value : {tally.warps, tally.lanes, tally.wavefronts, tally.ideal, tally.sectors, tally.bytes})

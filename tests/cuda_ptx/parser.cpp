@@ -124,7 +124,7 @@ private:
         std::string found = status == 0 ? text : name;
         std::free(text);
         // "void pyllmc::(anonymous namespace)::name<types>(arguments)" -> "name<types>"
-        for (const std::string& word : {"(anonymous namespace)::", "pyllmc::", "void "})
+        for (const std::string word : {"(anonymous namespace)::", "pyllmc::", "void "})
             for (size_t i; (i = found.find(word)) != std::string::npos;) found.erase(i, word.size());
         int depth = 0;
         for (size_t i = 0; i < found.size(); ++i) {

@@ -312,6 +312,7 @@ void __stwb(T* p, const T& value) { *p = value; }
 template <class T>
 void __stcg(T* p, const T& value) { *p = value; }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __expf(float x) { return std::exp(x); }
