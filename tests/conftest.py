@@ -3,7 +3,7 @@
 `cpu` is each ISA module of the CPU backend in turn: one that was built but that this processor cannot run shows up as
 a skipped test with the reason, never as a silent pass.
 `op_set` is all of these and the device backends behind NumPy arrays (on_device.py), for what every backend has to do.
-`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU; where that is asked for,
+`device` is each device backend: the CUDA kernels compiled as plain C++ (shim.py), and on a GPU; where it is asked for,
 their PTX on the CPU. `gpu` is each of them as what `--device cuda` finds; without it the programs compute on the CPU,
 whatever this machine has.
 `in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.

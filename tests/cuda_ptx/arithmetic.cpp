@@ -16,7 +16,7 @@ using u64 = uint64_t;
 using s32 = int32_t;
 using s64 = int64_t;
 
-// ---- a function of a lane, for all lanes -----------------------------------------------------------------------------
+// ---- a function of a lane, for all lanes ----------------------------------------------------------------------------
 
 template <class T>
 struct In {
@@ -45,7 +45,8 @@ struct Lanes<f> {
         const std::tuple<In<A>...> from{in<A>(w, i.from[n])...};
         if constexpr (std::is_same_v<R, bool>) {
             uint32_t bits = 0;
-            for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<uint32_t>(f(std::get<n>(from)[lane]...)) << lane;
+            for (int lane = 0; lane < LANES; ++lane)
+                bits |= static_cast<uint32_t>(f(std::get<n>(from)[lane]...)) << lane;
             uint32_t* to = w.reg<uint32_t>(i.to[0]);
             *to = (*to & ~lanes) | (bits & lanes);
         } else {
@@ -68,7 +69,7 @@ struct Lanes<f> {
 template <auto f>
 Known lanes() { return Lanes<f>::known(); }
 
-// ---- numbers ---------------------------------------------------------------------------------------------------------
+// ---- numbers --------------------------------------------------------------------------------------------------------
 
 template <class T> T move(T a) { return a; }
 template <class T> T add(T a, T b) { return a + b; }
@@ -132,7 +133,7 @@ template <class T> T insert(T a, T b, u32 at, u32 count) {  // the low bits of a
     return (b & ~mask) | (a << at & mask);
 }
 
-// ---- floating point --------------------------------------------------------------------------------------------------
+// ---- floating point -------------------------------------------------------------------------------------------------
 
 float bits_as_float(u32 bits) {
     float x;

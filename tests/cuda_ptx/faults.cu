@@ -1,5 +1,5 @@
-// For tests/test_cuda_ptx.py: kernels of which each does one thing wrong, as it may happen to those of pyllmc/_cuda; and
-// faults_run, which says what comes of it.
+// For tests/test_cuda_ptx.py: kernels of which each does one thing wrong, as it may happen to those of pyllmc/_cuda,
+// and faults_run, which says what comes of it.
 #include <cstdio>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// What nvcc's host code calls: kernels are registered when the extension is loaded and launched through here; the rest of
-// CUDA's runtime is ../cuda_shim/runtime.cpp and streams.cpp.
+// What nvcc's host code calls: kernels are registered when the extension is loaded and launched through here; the rest
+// of CUDA's runtime is ../cuda_shim/runtime.cpp and streams.cpp.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <sstream>
 #include <string>
 
 #include "machine.h"
@@ -59,7 +60,8 @@ std::string site_of(const ptx::Kernel& kernel, const ptx::Instruction& i) {
     return kernel.places[i.flow == ptx::Flow::BARRIER ? i.place : i.caller];
 }
 
-cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, const std::vector<unsigned char>& parameters) {
+cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared,
+                   const std::vector<unsigned char>& parameters) {
     const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
     const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
     if (!fits || threads == 0 || threads > 1024 || block.z > 64)
@@ -86,12 +88,12 @@ cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared, con
 
 }  // namespace
 
-// ---- what nvcc's code calls ------------------------------------------------------------------------------------------
+// ---- what nvcc's code calls -----------------------------------------------------------------------------------------
 
 extern "C" {
 
-// The wrapper of fatbinary_section.h; behind it a header of 16 bytes and the entries, of which the first holds PTX, kept as
-// text by --no-compress.
+// The wrapper of fatbinary_section.h; behind it a header of 16 bytes and the entries, of which the first holds PTX,
+// kept as text by --no-compress.
 void** __cudaRegisterFatBinary(void* wrapper) {
     const unsigned char* data;
     std::memcpy(&data, static_cast<unsigned char*>(wrapper) + 8, sizeof data);
@@ -109,7 +111,8 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
 
-void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void** module, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*,
+                            dim3*, int*) {
     functions()[host] = {reinterpret_cast<Module*>(module), name};
 }
 
@@ -131,7 +134,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
     return cudaSuccess;
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
     auto& function = *reinterpret_cast<Function*>(kernel);
     std::vector<unsigned char> parameters;
     try {
@@ -157,18 +161,19 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ho
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
     const auto found = functions().find(host);
     if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || static_cast<size_t>(value) > shim::MAX_SHARED)
+    const bool fits = value >= 0 && static_cast<size_t>(value) <= shim::MAX_SHARED;
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || !fits)
         return shim::last_error = cudaErrorInvalidValue;
     found->second.shared_limit = static_cast<size_t>(value);
     return cudaSuccess;
 }
 
-// ---- for the tests, through ctypes -----------------------------------------------------------------------------------
+// ---- for the tests, through ctypes ----------------------------------------------------------------------------------
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The barriers and waits for copies met since the last call, "file:line" one a line; then forgets them. A wait for copies
-// is where the function is called that holds the instruction.
+// The barriers and waits for copies met since the last call, "file:line" one a line; then forgets them. A wait for
+// copies is where the function is called that holds the instruction.
 EXPORTED int shim_barriers(char* text, int size) {
     std::set<std::string> met;
     for (auto& [host, function] : functions()) {
@@ -218,11 +223,12 @@ EXPORTED size_t ptx_counts(char* text, size_t size) {
             const ptx::Instruction& i = kernel.code[k];
             const bool is_cudas = i.place != ptx::NO_PLACE && kernel.places[i.place].find(".hpp:") != std::string::npos;
             const uint32_t place = is_cudas ? i.caller : i.place;
-            all += kernel.name + "\t" + std::to_string(kernel.launches) + "\t" + std::to_string(kernel.unique_sectors) + "\t" +
-                   std::string(kernel.code[k].name) + "\t" + (place == ptx::NO_PLACE ? "" : kernel.places[place]);
-            for (const uint64_t value : {tally.warps, tally.lanes, tally.wavefronts, tally.ideal, tally.sectors, tally.bytes})
-                all += "\t" + std::to_string(value);
-            all += "\n";
+            std::ostringstream line;
+            line << kernel.name << '\t' << kernel.launches << '\t' << kernel.unique_sectors << '\t' << i.name << '\t'
+                 << (place == ptx::NO_PLACE ? "" : kernel.places[place]) << '\t' << tally.warps << '\t' << tally.lanes
+                 << '\t' << tally.wavefronts << '\t' << tally.ideal << '\t' << tally.sectors << '\t' << tally.bytes
+                 << '\n';
+            all += line.str();
         }
     }
     if (size > 0) {

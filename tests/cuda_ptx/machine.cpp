@@ -1,5 +1,5 @@
-// Runs the blocks of a launch: a warp's lanes that are at the lowest place in the program go on together, a warp runs until
-// it has to wait, a few blocks are there at once.
+// Runs the blocks of a launch: a warp's lanes that are at the lowest place in the program go on together, a warp runs
+// until it has to wait, a few blocks are there at once.
 #include "machine.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@ std::string hexadecimal(uint64_t value) {
     return text;
 }
 
-// ---- a warp ----------------------------------------------------------------------------------------------------------
+// ---- a warp ---------------------------------------------------------------------------------------------------------
 
 void Warp::regroup() {
     for (int lane = 0; lane < LANES; ++lane)
@@ -52,7 +52,7 @@ bool Warp::are_together(const Instruction& i, uint32_t lanes) {
         if (lanes & ~needed) throw Fault("a lane takes part whose mask leaves it out");
     }
     if ((needed & ~lanes) == 0) return true;
-    if (needed & ~live) throw Fault("not every lane of the mask comes here: mask " + hexadecimal(needed) + ", there are " + hexadecimal(live));
+    if (needed & ~live) throw Fault("lanes have ended that should come here: " + hexadecimal(needed & ~live));
     waiting |= lanes;
     regroup();
     return false;
@@ -114,7 +114,7 @@ Stop Warp::run() {
                     }
                     break;
                 case Flow::RETURN:
-                    if (lanes & static_cast<uint32_t>(-!copies.empty())) throw Fault("a thread ends with copies that it did not wait for");
+                    if (lanes && !copies.empty()) throw Fault("a thread ends with copies that it did not wait for");
                     live &= ~lanes;
                     on &= ~lanes;
                     if (live == 0) return Stop::DONE;
@@ -148,7 +148,7 @@ Stop Warp::run() {
     }
 }
 
-// ---- blocks ----------------------------------------------------------------------------------------------------------
+// ---- blocks ---------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -232,7 +232,8 @@ void run(Launch& launch) {
             spare.pop_back();
         }
         bool moved = false;
-        for (size_t k = 0; k < resident.size(); ++k) moved |= turn(*resident[shim::reversed ? resident.size() - 1 - k : k]);
+        for (size_t k = 0; k < resident.size(); ++k)
+            moved |= turn(*resident[shim::reversed ? resident.size() - 1 - k : k]);
         for (size_t k = resident.size(); k-- > 0;)
             if (is_done(*resident[k])) {
                 spare.push_back(std::move(resident[k]));
@@ -240,9 +241,10 @@ void run(Launch& launch) {
             }
         if (!moved && ++idle < PATIENCE) continue;
         if (!moved) {
-            const Block& block = *resident.front();
-            const bool barrier = std::any_of(block.warps.begin(), block.warps.end(), [](const Warp& w) { return w.at_barrier; });
-            throw Fault(launch.kernel->name + (barrier ? ": not every thread of a block comes to a barrier" : ": waits for ever"));
+            const auto& warps = resident.front()->warps;
+            const bool barrier = std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.at_barrier; });
+            const char* const why = barrier ? "not every thread of a block comes to a barrier" : "waits for ever";
+            throw Fault(launch.kernel->name + ": " + why);
         }
         idle = 0;
     }

@@ -11,8 +11,8 @@
 
 namespace ptx {
 
-// Two bytes of memory: who wrote and who read them last, and when by the clock of their warp. All clocks are drawn from one
-// that never goes back: a barrier gives the block and its warps a new time, __syncwarp the warp.
+// Two bytes of memory: who wrote and who read them last, and when by the clock of their warp. All clocks are drawn from
+// one that never goes back: a barrier gives the block and its warps a new time, __syncwarp the warp.
 struct Cell {
     uint64_t written = 0, read = 0;
     uint32_t writer_block = 0, reader_block = 0;
@@ -21,8 +21,8 @@ struct Cell {
     bool atomic = false, pending = false;  // pending: an asynchronous copy that was not waited for writes it
 };
 
-// What a block has done that another one may rely on: all before `until`, and what the thread did that said so. The other
-// one may since its thread `seer` saw that, its other threads after a barrier that comes later than `since`.
+// What a block has done that another one may rely on: all before `until`, and what the thread did that said so. The
+// other one may since its thread `seer` saw that, its other threads after a barrier that comes later than `since`.
 struct Seen {
     uint64_t until;
     uint16_t sayer, seer;
@@ -74,6 +74,16 @@ private:
     void regroup();
     bool are_together(const Instruction& instruction, uint32_t lanes);
 };
+
+// touched.cpp: throw where an access is not allowed; `bytes` is what one lane touches.
+constexpr uint32_t CELL = 2;  // bytes
+Cell* shared_cells(Block& block, uint32_t address, uint32_t bytes);  // checked as addresses only
+void read_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes);
+void write_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic = false);
+void read_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false);
+void write_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false);
+void release(Warp& warp, int lane, uint64_t address);
+void acquire(Warp& warp, int lane, uint64_t address);
 
 struct Launch {
     Kernel* kernel;

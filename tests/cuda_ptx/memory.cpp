@@ -1,6 +1,5 @@
-// What the instructions do that touch memory, or that a warp does together; and what is checked and counted of it.
-#include <sys/mman.h>
-
+// What the instructions do that touch memory, or that a warp does together, and what is counted of it. Who touched what
+// is followed by touched.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,101 +9,7 @@
 namespace ptx {
 namespace {
 
-// ---- who touched what, and when ---------------------------------------------------------------------------------------------------
-
-constexpr uint32_t CELL = 2;  // bytes
-
-[[noreturn]] void race(const char* what, const std::string& where, int thread, uint32_t block, const Cell& cell, bool by_reader) {
-    const uint32_t other_block = by_reader ? cell.reader_block : cell.writer_block;
-    throw Fault(std::string(what) + " with nothing that orders them: " + where + ", thread " +
-                std::to_string(by_reader ? cell.reader : cell.writer) + (other_block == block ? "" : " of block " + std::to_string(other_block)) +
-                " and thread " + std::to_string(thread));
-}
-
-// Whether what a thread did at that time of its warp comes before what this one does now.
-bool ordered(const Warp& warp, int thread, uint32_t other_block, uint16_t other, uint64_t then) {
-    const Block& block = *warp.block;
-    if (other_block != block.number) {
-        const auto found = block.seen.find(other_block);
-        if (found == block.seen.end()) return false;
-        const Seen& seen = found->second;
-        return (then < seen.until || other == seen.sayer) && (thread == seen.seer || block.clock > seen.since);
-    }
-    if (other / LANES != thread / LANES) return block.clock > then;
-    return other == thread || warp.clock > then;
-}
-
-// A read or a write of cells, of which nothing counts that is older than `start`.
-template <class Where>
-void note_read(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
-    const Block& block = *warp.block;
-    for (Cell* const end = cell + count; cell < end; ++cell) {
-        if (cell->written >= start && !(atomic && cell->atomic) &&
-            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
-            race("a write and a read", where(), thread, block.number, *cell, false);
-        if (atomic) continue;  // two of these never meet by accident
-        const bool same_block = cell->reader_block == block.number;
-        if (cell->readers == Cell::NOBODY || cell->read < start || (same_block && cell->read < block.clock))
-            cell->readers = Cell::ONE;
-        else if (!same_block || cell->reader / LANES != thread / LANES)
-            cell->readers = Cell::SEVERAL;
-        else if (cell->reader != thread && cell->readers == Cell::ONE && cell->read >= warp.clock)
-            cell->readers = Cell::WARP;
-        else if (cell->readers == Cell::WARP && cell->read < warp.clock)
-            cell->readers = Cell::ONE;
-        cell->reader = static_cast<uint16_t>(thread);
-        cell->reader_block = block.number;
-        cell->read = warp.clock;
-    }
-}
-
-template <class Where>
-void note_write(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
-    const Block& block = *warp.block;
-    for (Cell* const end = cell + count; cell < end; ++cell) {
-        if (cell->written >= start && !(atomic && cell->atomic) &&
-            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
-            race("two writes", where(), thread, block.number, *cell, false);
-        if (cell->readers != Cell::NOBODY && cell->read >= start && !(atomic && cell->atomic)) {
-            const bool same_warp = cell->reader_block == block.number && cell->reader / LANES == thread / LANES;
-            bool before = ordered(warp, thread, cell->reader_block, cell->reader, cell->read);
-            if (same_warp && cell->readers == Cell::WARP) before = warp.clock > cell->read;
-            if (same_warp && cell->readers == Cell::SEVERAL) before = block.clock > cell->read;
-            if (!before) race("a read and a write", where(), thread, block.number, *cell, true);
-        }
-        cell->writer = static_cast<uint16_t>(thread);
-        cell->writer_block = block.number;
-        cell->written = warp.clock;
-        cell->atomic = atomic;
-        cell->readers = Cell::NOBODY;
-    }
-}
-
-Cell* shared_cells(Block& block, uint32_t address, uint32_t bytes) {
-    if (address % bytes) throw Fault("shared address " + std::to_string(address) + " is no multiple of " + std::to_string(bytes));
-    if (address + uint64_t{bytes} > block.shared.size())
-        throw Fault("shared address " + std::to_string(address) + " is outside the block's " +
-                    std::to_string(block.shared.size()) + " bytes");
-    if (bytes < CELL) throw Fault("single bytes of shared memory are not followed");
-    Cell* const cells = &block.cells[address / CELL];
-    for (uint32_t i = 0; i < bytes / CELL; ++i)
-        if (cells[i].pending) throw Fault("an asynchronous copy to shared address " + std::to_string(address) + " was not waited for");
-    return cells;
-}
-
-void read_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
-    Cell* const cells = shared_cells(*warp.block, address, bytes);
-    for (uint32_t i = 0; i < bytes / CELL; ++i)
-        if (cells[i].written < warp.block->start)
-            throw Fault("nobody wrote what is read at shared address " + std::to_string(address));
-    note_read(warp, warp.index * LANES + lane, cells, bytes / CELL, warp.block->start, false,
-              [&] { return "shared address " + std::to_string(address); });
-}
-
-void write_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic = false) {
-    note_write(warp, warp.index * LANES + lane, shared_cells(*warp.block, address, bytes), bytes / CELL, warp.block->start,
-               atomic, [&] { return "shared address " + std::to_string(address); });
-}
+// ---- what is counted ------------------------------------------------------------------------------------------------
 
 // The passes in which a warp's addresses are served: 128 bytes each, a bank of 4 bytes one word at a time.
 void count_banks(Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t bytes) {
@@ -114,7 +19,8 @@ void count_banks(Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t byte
         int used[32] = {}, most = 0;
         for (int lane = first; lane < first + together; ++lane) {
             if (!(lanes >> lane & 1)) continue;
-            for (uint32_t word = static_cast<uint32_t>(at[lane]) / 4; word <= (static_cast<uint32_t>(at[lane]) + bytes - 1) / 4; ++word) {
+            const auto start = static_cast<uint32_t>(at[lane]);
+            for (uint32_t word = start / 4; word <= (start + bytes - 1) / 4; ++word) {
                 uint32_t* mine = words[word % 32];
                 int& count = used[word % 32];
                 if (std::find(mine, mine + count, word) == mine + count) mine[count++] = word;
@@ -124,78 +30,6 @@ void count_banks(Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t byte
         tally.wavefronts += static_cast<uint64_t>(most);
         tally.ideal += most > 0;
     }
-}
-
-// ---- global memory ---------------------------------------------------------------------------------------------------
-
-// The cells of an allocation, made when it is first touched.
-struct Shadow {
-    uint64_t start = 0, end = 0;
-    Cell* cells = nullptr;
-    ~Shadow() {
-        if (cells) munmap(cells, (end - start + CELL) / CELL * sizeof(Cell));
-    }
-};
-
-Shadow& shadow_of(uint64_t address) {
-    static std::map<uint64_t, Shadow> shadows;  // by the start of the allocation
-    static Shadow* last = nullptr;
-    static uint64_t known_changes = 0;
-    if (known_changes != shim::allocations_changed) {
-        for (auto each = shadows.begin(); each != shadows.end();) {
-            const auto now = shim::allocation_at(each->first);
-            each = now.first == each->second.start && now.second == each->second.end ? std::next(each) : shadows.erase(each);
-        }
-        last = nullptr;
-        known_changes = shim::allocations_changed;
-    }
-    if (last && address >= last->start && address < last->end) return *last;
-    const auto [start, end] = shim::allocation_at(address);
-    last = &shadows[start];
-    if (last->cells == nullptr && end != 0) {
-        last->start = start, last->end = end;
-        void* cells = mmap(nullptr, (end - start + CELL) / CELL * sizeof(Cell), PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (cells == MAP_FAILED) throw Fault("no memory left to follow that of the device");
-        last->cells = static_cast<Cell*>(cells);
-    }
-    return *last;
-}
-
-Cell* global_cells(uint64_t address, uint32_t bytes) {
-    if (address % bytes) throw Fault("address " + hexadecimal(address) + " is no multiple of " + std::to_string(bytes));
-    const Shadow& shadow = shadow_of(address);
-    if (shadow.cells == nullptr || address + bytes > shadow.end)
-        throw Fault("address " + hexadecimal(address) + " is outside of all memory of the device");
-    return shadow.cells + (address - shadow.start) / CELL;
-}
-
-void read_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false) {
-    note_read(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL, warp.block->launch->start, atomic,
-              [&] { return "address " + hexadecimal(address); });
-}
-
-void write_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic = false) {
-    note_write(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL, warp.block->launch->start, atomic,
-               [&] { return "address " + hexadecimal(address); });
-}
-
-// st.release: whoever sees this flag may rely on what the block did before its last barrier, and on what it relies on itself.
-void release(Warp& warp, int lane, uint64_t address) {
-    const Block& block = *warp.block;
-    const auto thread = static_cast<uint16_t>(warp.index * LANES + lane);
-    auto& said = block.launch->released[address];
-    said.clear();
-    for (const auto& [other, seen] : block.seen)
-        if (thread == seen.seer || block.clock > seen.since) said[other] = seen;
-    said[block.number] = {block.clock, thread, 0, 0};
-}
-
-void acquire(Warp& warp, int lane, uint64_t address) {
-    const auto found = warp.block->launch->released.find(address);
-    if (found == warp.block->launch->released.end()) return;
-    for (const auto& [other, seen] : found->second)
-        warp.block->seen[other] = {seen.until, seen.sayer, static_cast<uint16_t>(warp.index * LANES + lane), warp.clock};
 }
 
 void count_sectors(Launch& launch, Tally& tally, const uint64_t* at, uint32_t lanes, uint32_t bytes) {
@@ -211,14 +45,15 @@ void count_sectors(Launch& launch, Tally& tally, const uint64_t* at, uint32_t la
     launch.sectors.insert(seen, seen + count);
 }
 
-// ---- loads and stores ------------------------------------------------------------------------------------------------
+// ---- loads and stores -----------------------------------------------------------------------------------------------
 
 void addresses(Warp& w, const Instruction& i, uint64_t* at) {
     if (i.address_width == 4)
         for (int lane = 0; lane < LANES; ++lane)
             at[lane] = static_cast<uint32_t>(w.reg<uint32_t>(i.address)[lane] + static_cast<uint32_t>(i.offset));
     else
-        for (int lane = 0; lane < LANES; ++lane) at[lane] = w.reg<uint64_t>(i.address)[lane] + static_cast<uint64_t>(i.offset);
+        for (int lane = 0; lane < LANES; ++lane)
+            at[lane] = w.reg<uint64_t>(i.address)[lane] + static_cast<uint64_t>(i.offset);
 }
 
 Tally& tally_of(Warp& w, const Instruction& i) {
@@ -227,6 +62,10 @@ Tally& tally_of(Warp& w, const Instruction& i) {
 }
 
 unsigned char* of_shared(Warp& w, uint64_t address) { return w.block->shared.data() + address; }
+
+unsigned char* host_place(Warp& w, const Instruction& i, uint64_t address) {
+    return i.space == Space::SHARED ? of_shared(w, address) : reinterpret_cast<unsigned char*>(address);
+}
 
 template <class Register, class Memory>
 void fill(Warp& w, const Instruction& i, uint32_t lanes, unsigned char* const* from) {
@@ -278,7 +117,7 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
             if (i.space == Space::SHARED) read_shared(w, lane, static_cast<uint32_t>(at[lane]), bytes);
             else read_global(w, lane, at[lane], bytes, i.orders);
             if (i.orders) acquire(w, lane, at[lane]);
-            from[lane] = i.space == Space::SHARED ? of_shared(w, at[lane]) : reinterpret_cast<unsigned char*>(at[lane]);
+            from[lane] = host_place(w, i, at[lane]);
         }
     if (counting) {
         if (i.space == Space::SHARED) count_banks(tally_of(w, i), at, lanes, bytes);
@@ -296,9 +135,9 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
             if (i.space == Space::SHARED) write_shared(w, lane, static_cast<uint32_t>(at[lane]), bytes);
             else write_global(w, lane, at[lane], bytes, i.orders);
             if (i.orders) release(w, lane, at[lane]);
-            unsigned char* to = i.space == Space::SHARED ? of_shared(w, at[lane]) : reinterpret_cast<unsigned char*>(at[lane]);
-            for (size_t element = 0; element < i.from.size(); ++element)
-                std::memcpy(to + element * i.width, w.reg<unsigned char>(i.from[element]) + lane * i.register_width, i.width);
+            unsigned char* const to = host_place(w, i, at[lane]);
+            for (size_t k = 0; k < i.from.size(); ++k)
+                std::memcpy(to + k * i.width, w.reg<unsigned char>(i.from[k]) + lane * i.register_width, i.width);
         }
     if (counting) {
         if (i.space == Space::SHARED) count_banks(tally_of(w, i), at, lanes, bytes);
@@ -329,7 +168,7 @@ void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
         }
 }
 
-// ---- asynchronous copies ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
 
 void copy_ahead(Warp& w, const Instruction& i, uint32_t lanes) {
     uint64_t at[LANES], from[LANES];
@@ -344,7 +183,7 @@ void copy_ahead(Warp& w, const Instruction& i, uint32_t lanes) {
             if (valid) read_global(w, lane, from[lane], 16), reading |= 1u << lane;
             const uint32_t to = static_cast<uint32_t>(at[lane]);
             write_shared(w, lane, to, 16);
-            for (uint32_t cell = to / CELL; cell < (to + 16) / CELL; ++cell) w.block->cells[cell].pending = true;
+            for (uint32_t k = 0; k < 16 / CELL; ++k) w.block->cells[to / CELL + k].pending = true;
             w.copies.push_back({lane, to, from[lane], 16, valid});
         }
     if (counting) {
@@ -362,16 +201,16 @@ void wait_for_copies(Warp& w, const Instruction&, uint32_t lanes) {
         }
         std::memset(of_shared(w, copy.to), 0, copy.bytes);
         std::memcpy(of_shared(w, copy.to), reinterpret_cast<const void*>(copy.from), copy.valid);
-        for (uint32_t cell = copy.to / CELL; cell < (copy.to + copy.bytes) / CELL; ++cell) w.block->cells[cell].pending = false;
+        for (uint32_t k = 0; k < copy.bytes / CELL; ++k) w.block->cells[copy.to / CELL + k].pending = false;
         write_shared(w, copy.lane, copy.to, copy.bytes);
     }
     w.copies.erase(kept, w.copies.end());
 }
 
-// ---- matrices --------------------------------------------------------------------------------------------------------
+// ---- matrices -------------------------------------------------------------------------------------------------------
 
-// ldmatrix: lane 8 k + r names row r of matrix k; register k of lane l holds of it row l / 4, elements 2 (l % 4) and the
-// next one, of the transposed matrix where that is asked for.
+// ldmatrix: lane 8 k + r names row r of matrix k; register k of lane l holds of it row l / 4, elements 2 (l % 4) and
+// the next one, of the transposed matrix where that is asked for.
 template <bool transposed>
 void load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
     uint64_t at[LANES];
@@ -409,16 +248,18 @@ float bf16_at(uint32_t pair, int half) {
 // member = lane % 4. Products are exact, sums rounded once; the order is the GPU's own.
 void multiply(Warp& w, const Instruction& i, uint32_t) {
     float a[16][16], b[16][8], c[16][8];
+    const auto pair = [&](int k, int lane) { return w.reg<uint32_t>(i.from[static_cast<size_t>(k)])[lane]; };
     for (int lane = 0; lane < LANES; ++lane) {
         const int group = lane >> 2, member = lane & 3;
         for (int e = 0; e < 8; ++e) {
             const int row = (e >= 0 && e < 2) || (e >= 4 && e < 6) ? group : group + 8;
             const int column = member * 2 + (e & 1) + (e < 4 ? 0 : 8);
-            a[row][column] = bf16_at(w.reg<uint32_t>(i.from[static_cast<size_t>(e / 2)])[lane], e & 1);
+            a[row][column] = bf16_at(pair(e / 2, lane), e & 1);
         }
         for (int e = 0; e < 4; ++e) {
-            b[member * 2 + (e & 1) + (e < 2 ? 0 : 8)][group] = bf16_at(w.reg<uint32_t>(i.from[static_cast<size_t>(4 + e / 2)])[lane], e & 1);
-            c[e < 2 ? group : group + 8][member * 2 + (e & 1)] = w.reg<float>(i.from[static_cast<size_t>(6 + e)])[lane];
+            b[member * 2 + (e & 1) + (e < 2 ? 0 : 8)][group] = bf16_at(pair(4 + e / 2, lane), e & 1);
+            const float* const sums = w.reg<float>(i.from[static_cast<size_t>(6 + e)]);
+            c[e < 2 ? group : group + 8][member * 2 + (e & 1)] = sums[lane];
         }
     }
     for (int row = 0; row < 16; ++row) {
@@ -429,11 +270,13 @@ void multiply(Warp& w, const Instruction& i, uint32_t) {
         for (int column = 0; column < 8; ++column) c[row][column] = static_cast<float>(sums[column]);
     }
     for (int lane = 0; lane < LANES; ++lane)
-        for (int e = 0; e < 4; ++e)
-            w.reg<float>(i.to[static_cast<size_t>(e)])[lane] = c[e < 2 ? lane >> 2 : (lane >> 2) + 8][(lane & 3) * 2 + (e & 1)];
+        for (int e = 0; e < 4; ++e) {
+            float* const to = w.reg<float>(i.to[static_cast<size_t>(e)]);
+            to[lane] = c[(lane >> 2) + (e < 2 ? 0 : 8)][(lane & 3) * 2 + (e & 1)];
+        }
 }
 
-// ---- what lanes tell each other --------------------------------------------------------------------------------------
+// ---- what lanes tell each other -------------------------------------------------------------------------------------
 
 enum : uint8_t { BUTTERFLY, UP, DOWN, INDEX };
 
@@ -448,12 +291,13 @@ void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
         bool valid;
         switch (i.mode) {
             case BUTTERFLY: source = lane ^ by, valid = source <= highest; break;
-            case UP: source = lane - by, valid = static_cast<int>(source) >= static_cast<int>(highest); break;
+            case UP: source = lane - by, valid = lane >= by && source >= highest; break;
             case DOWN: source = lane + by, valid = source <= highest; break;
             default: source = lowest | (by & ~segment), valid = source <= highest; break;
         }
         if (!valid) source = lane;
-        if (!(lanes >> source & 1)) throw Fault("a shuffle from lane " + std::to_string(source) + ", which takes no part in it");
+        if (!(lanes >> source & 1))
+            throw Fault("a shuffle from lane " + std::to_string(source) + ", which takes no part in it");
         result[lane] = a[source];
         in_range |= static_cast<uint32_t>(valid) << lane;
     }

@@ -135,7 +135,8 @@ private:
     }
 
     void expect(std::string_view word) {
-        if (tokens[now].text != word) fail("expected " + std::string(word) + ", found " + std::string(tokens[now].text));
+        const std::string found(tokens[now].text);
+        if (found != word) fail("expected " + std::string(word) + ", found " + found);
         ++now;
     }
 

@@ -1,5 +1,5 @@
-// A kernel's PTX as the machine runs it: instructions with their operands found. Made by parser.cpp, run by machine.cpp;
-// what one instruction does is a Step of arithmetic.cpp or memory.cpp.
+// A kernel's PTX as the machine runs it: instructions with their operands found. Made by parser.cpp, run by
+// machine.cpp; what one instruction does is a Step of arithmetic.cpp or memory.cpp.
 #pragma once
 
 #include <cstdint>

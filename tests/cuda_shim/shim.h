@@ -1,6 +1,6 @@
 // What the runtime without a GPU (runtime.cpp, streams.cpp) and the stand-ins for libraries offer to each other and to
-// what runs the kernels: shim.cpp, with cuda_runtime.h of this folder, or ../cuda_ptx, with CUDA's own, which comes before
-// this file.
+// what runs the kernels: shim.cpp, with cuda_runtime.h of this folder, or ../cuda_ptx, with CUDA's own, which comes
+// before this file.
 #pragma once
 
 #include <cstddef>
@@ -25,11 +25,13 @@ cudaError_t perform(cudaStream_t stream, std::function<cudaError_t()> work);
 // Fails where a graph is captured, and spoils it: for what a capture that is not stricter than `most` does not allow.
 cudaError_t not_captured(cudaStreamCaptureMode most = cudaStreamCaptureModeRelaxed);
 
-void enqueue(cudaStream_t stream, std::function<void()> task);  // runs on a thread of the stream's, after those before it
-void arrive(cudaStream_t stream);  // before anything is done at once on this stream: what it waits for comes first
+// Runs on a thread of the stream's, after those before it; and, before anything is done at once on a stream: what it
+// waits for comes first.
+void enqueue(cudaStream_t stream, std::function<void()> task);
+void arrive(cudaStream_t stream);
 
-// The start and the end of the device memory that an address is in, {0, 0} where it is in none; and how often what there
-// is has changed.
+// The start and the end of the device memory that an address is in, {0, 0} where it is in none; and how often what
+// there is has changed.
 std::pair<uint64_t, uint64_t> allocation_at(uint64_t address);
 extern uint64_t allocations_changed;
 

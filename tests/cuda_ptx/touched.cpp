@@ -1,0 +1,181 @@
+// Who touched which memory, and when: what is read that nobody wrote, and what nothing orders, is an error. What orders
+// is told by clocks (machine.h). Called by memory.cpp.
+#include <sys/mman.h>
+
+#include "machine.h"
+
+namespace ptx {
+namespace {
+
+[[noreturn]] void race(const std::string& what, const std::string& where, int thread, uint32_t block, uint16_t other,
+                       uint32_t other_block) {
+    const std::string of = other_block == block ? "" : " of block " + std::to_string(other_block);
+    throw Fault(what + " with nothing that orders them: " + where + ", thread " + std::to_string(other) + of +
+                " and thread " + std::to_string(thread));
+}
+
+// Whether what a thread did at that time of its warp comes before what this one does now.
+bool ordered(const Warp& warp, int thread, uint32_t other_block, uint16_t other, uint64_t then) {
+    const Block& block = *warp.block;
+    if (other_block != block.number) {
+        const auto found = block.seen.find(other_block);
+        if (found == block.seen.end()) return false;
+        const Seen& seen = found->second;
+        return (then < seen.until || other == seen.sayer) && (thread == seen.seer || block.clock > seen.since);
+    }
+    if (other / LANES != thread / LANES) return block.clock > then;
+    return other == thread || warp.clock > then;
+}
+
+// A read or a write of cells, of which nothing counts that is older than `start`.
+template <class Where>
+void note_read(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
+    const Block& block = *warp.block;
+    for (Cell* const end = cell + count; cell < end; ++cell) {
+        if (cell->written >= start && !(atomic && cell->atomic) &&
+            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
+            race("a write and a read", where(), thread, block.number, cell->writer, cell->writer_block);
+        if (atomic) continue;  // two of these never meet by accident
+        const bool same_block = cell->reader_block == block.number;
+        if (cell->readers == Cell::NOBODY || cell->read < start || (same_block && cell->read < block.clock))
+            cell->readers = Cell::ONE;
+        else if (!same_block || cell->reader / LANES != thread / LANES)
+            cell->readers = Cell::SEVERAL;
+        else if (cell->reader != thread && cell->readers == Cell::ONE && cell->read >= warp.clock)
+            cell->readers = Cell::WARP;
+        else if (cell->readers == Cell::WARP && cell->read < warp.clock)
+            cell->readers = Cell::ONE;
+        cell->reader = static_cast<uint16_t>(thread);
+        cell->reader_block = block.number;
+        cell->read = warp.clock;
+    }
+}
+
+template <class Where>
+void note_write(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t start, bool atomic, Where where) {
+    const Block& block = *warp.block;
+    for (Cell* const end = cell + count; cell < end; ++cell) {
+        if (cell->written >= start && !(atomic && cell->atomic) &&
+            !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
+            race("two writes", where(), thread, block.number, cell->writer, cell->writer_block);
+        if (cell->readers != Cell::NOBODY && cell->read >= start && !(atomic && cell->atomic)) {
+            const bool same_warp = cell->reader_block == block.number && cell->reader / LANES == thread / LANES;
+            bool before = ordered(warp, thread, cell->reader_block, cell->reader, cell->read);
+            if (same_warp && cell->readers == Cell::WARP) before = warp.clock > cell->read;
+            if (same_warp && cell->readers == Cell::SEVERAL) before = block.clock > cell->read;
+            if (!before) race("a read and a write", where(), thread, block.number, cell->reader, cell->reader_block);
+        }
+        cell->writer = static_cast<uint16_t>(thread);
+        cell->writer_block = block.number;
+        cell->written = warp.clock;
+        cell->atomic = atomic;
+        cell->readers = Cell::NOBODY;
+    }
+}
+
+// ---- global memory: cells for each allocation -----------------------------------------------------------------------
+
+// The cells of an allocation, made when it is first touched.
+struct Shadow {
+    uint64_t start = 0, end = 0;
+    Cell* cells = nullptr;
+    ~Shadow() {
+        if (cells) munmap(cells, (end - start + CELL) / CELL * sizeof(Cell));
+    }
+};
+
+Shadow& shadow_of(uint64_t address) {
+    static std::map<uint64_t, Shadow> shadows;  // by the start of the allocation
+    static Shadow* last = nullptr;
+    static uint64_t known_changes = 0;
+    if (known_changes != shim::allocations_changed) {
+        for (auto each = shadows.begin(); each != shadows.end();) {
+            const auto [start, end] = shim::allocation_at(each->first);
+            const bool stays = start == each->second.start && end == each->second.end;
+            each = stays ? std::next(each) : shadows.erase(each);
+        }
+        last = nullptr;
+        known_changes = shim::allocations_changed;
+    }
+    if (last && address >= last->start && address < last->end) return *last;
+    const auto [start, end] = shim::allocation_at(address);
+    last = &shadows[start];
+    if (last->cells == nullptr && end != 0) {
+        last->start = start, last->end = end;
+        void* cells = mmap(nullptr, (end - start + CELL) / CELL * sizeof(Cell), PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (cells == MAP_FAILED) throw Fault("no memory left to follow that of the device");
+        last->cells = static_cast<Cell*>(cells);
+    }
+    return *last;
+}
+
+Cell* global_cells(uint64_t address, uint32_t bytes) {
+    if (address % bytes) throw Fault("address " + hexadecimal(address) + " is no multiple of " + std::to_string(bytes));
+    const Shadow& shadow = shadow_of(address);
+    if (shadow.cells == nullptr || address + bytes > shadow.end)
+        throw Fault("address " + hexadecimal(address) + " is outside of all memory of the device");
+    return shadow.cells + (address - shadow.start) / CELL;
+}
+
+}  // namespace
+
+Cell* shared_cells(Block& block, uint32_t address, uint32_t bytes) {
+    const auto where = [&] { return "shared address " + std::to_string(address); };
+    if (address % bytes) throw Fault(where() + " is no multiple of " + std::to_string(bytes));
+    if (address + uint64_t{bytes} > block.shared.size())
+        throw Fault(where() + " is outside the block's " + std::to_string(block.shared.size()) + " bytes");
+    if (bytes < CELL) throw Fault("single bytes of shared memory are not followed");
+    Cell* const cells = &block.cells[address / CELL];
+    for (uint32_t i = 0; i < bytes / CELL; ++i)
+        if (cells[i].pending) throw Fault("an asynchronous copy to " + where() + " was not waited for");
+    return cells;
+}
+
+void read_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
+    Cell* const cells = shared_cells(*warp.block, address, bytes);
+    for (uint32_t i = 0; i < bytes / CELL; ++i)
+        if (cells[i].written < warp.block->start)
+            throw Fault("nobody wrote what is read at shared address " + std::to_string(address));
+    note_read(warp, warp.index * LANES + lane, cells, bytes / CELL, warp.block->start, false,
+              [&] { return "shared address " + std::to_string(address); });
+}
+
+void write_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic) {
+    note_write(warp, warp.index * LANES + lane, shared_cells(*warp.block, address, bytes), bytes / CELL,
+               warp.block->start, atomic, [&] { return "shared address " + std::to_string(address); });
+}
+
+void read_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic) {
+    note_read(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL,
+              warp.block->launch->start, atomic, [&] { return "address " + hexadecimal(address); });
+}
+
+void write_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic) {
+    note_write(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL,
+               warp.block->launch->start, atomic, [&] { return "address " + hexadecimal(address); });
+}
+
+// st.release: whoever sees this flag may rely on what the block did before its last barrier, and on what it relies on
+// itself.
+void release(Warp& warp, int lane, uint64_t address) {
+    const Block& block = *warp.block;
+    const auto thread = static_cast<uint16_t>(warp.index * LANES + lane);
+    auto& said = block.launch->released[address];
+    said.clear();
+    for (const auto& [other, seen] : block.seen)
+        if (thread == seen.seer || block.clock > seen.since) said[other] = seen;
+    said[block.number] = {block.clock, thread, 0, 0};
+}
+
+void acquire(Warp& warp, int lane, uint64_t address) {
+    const auto found = warp.block->launch->released.find(address);
+    if (found == warp.block->launch->released.end()) return;
+    const auto thread = static_cast<uint16_t>(warp.index * LANES + lane);
+    for (const auto& [other, said] : found->second) {
+        const auto [known, is_new] = warp.block->seen.try_emplace(other);
+        if (is_new || known->second.until < said.until) known->second = {said.until, said.sayer, thread, warp.clock};
+    }
+}
+
+}  // namespace ptx
