@@ -11,6 +11,7 @@ import pytest
 import shim
 from on_device import OnDevice
 
+STEP = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
 ORDER = "with nothing that orders them"
 # The kernels of cuda_ptx/faults.cu, and what has to be said of them.
 FAULTS = {
@@ -71,6 +72,21 @@ def test_an_op_tells_the_kernel_and_the_line(machine):
     finally:
         order.skip()
     assert machine.to_host(machine.mean_loss(*losses)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_has_the_same_bits_in_vectors_and_alone(machine, dtype):
+    """Parts of an array start anywhere, and another kernel may not be compiled to another sum."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.random(20_000, np.float32) for name in ("param", "grad", "m", "v")}
+    if dtype == "bfloat16":
+        arrays["master"] = arrays["param"].copy()
+    results = []
+    for shift in (0, 1):
+        these = {name: array.copy() for name, array in arrays.items()}
+        OnDevice(machine, dtype, shift).adamw_update(**these, **STEP)
+        results.append({name: array.tobytes() for name, array in these.items()})
+    assert results[0] == results[1] and results[0]["v"] != arrays["v"].tobytes()
 
 
 # ---- what is counted -------------------------------------------------------------------------------------------------
