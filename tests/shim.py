@@ -10,6 +10,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -48,11 +49,18 @@ def compiler():
     return command if shutil.which(command[0]) else None
 
 
+@cache
 def missing(backend):
     """Why a backend cannot be compiled here, or "" where it can."""
     if compiler() is None:
         return "no C++ compiler"
-    return "no nvcc, which makes the PTX" if backend == "cuda_ptx" and NVCC is None else ""
+    if backend == "cuda_shim":
+        return ""
+    if NVCC is None:
+        return "no nvcc, which makes the PTX"
+    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)", text)
+    return "" if release and int(release[1]) >= 13 else "nvcc is older than 13, whose host code the machine serves"
 
 
 def sources():
