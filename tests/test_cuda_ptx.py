@@ -111,13 +111,29 @@ def test_counts_are_those_of_the_arrays(count, dtype):
     assert all(row.lanes * 16 == row.bytes == elements * width for row in moves)
 
 
-@pytest.mark.parametrize("op", ["encoder_forward", "layernorm_forward", "gelu_backward", "adamw_update"])
+@pytest.mark.parametrize("op", ["encoder_forward", "layernorm_forward", "gelu_backward", "softmax_backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_moved_sixteen_bytes_at_a_time(count, op, dtype):
     """However nvcc compiles a vector."""
     for rows in count(op, dtype).values():
         narrow = [row for row in rows if ".v4" not in row.instruction]
         assert sum(row.sectors for row in narrow) < sum(row.sectors for row in rows) / 20, narrow
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_moves_whole_sectors(count, dtype):
+    """In bfloat16 too, where m, v and the masters are twice as wide as the parameters."""
+    (kernel,) = count("adamw_update", dtype)
+    assert kernel.asked >= 1
+
+
+@pytest.mark.parametrize("op, most", [("softmax_forward", 55), ("crossentropy_forward", 44), ("gelu_backward", 30)])
+def test_an_element_takes_few_instructions(count, op, most):
+    """An H200 has time for 7 of them while its memory moves a byte. Of rows as long as GPT-2's vocabulary softmax takes
+    less than half of these; here the sums over a block weigh more."""
+    (kernel,) = count(op, "bfloat16")
+    elements = 64 * 768 if op == "gelu_backward" else 2 * 128 * 1000
+    assert kernel.warps * 32 / elements < most
 
 
 def test_attention_does_no_more_than_it_has_to(count):

@@ -87,6 +87,10 @@ __device__ __forceinline__ float round_stochastically(float x, uint32_t random) 
     return __uint_as_float((bits + random) & 0xffff0000u);
 }
 
+// Elements that a thread updates at a time: 16 bytes of m, v and master. With twice as many, neighbouring threads' vectors
+// would lie 16 bytes apart in them, and each store would write half sectors.
+constexpr int UPDATED = VECTOR<float>;
+
 // The elements i .. i + W - 1 of param and grad, which are s .. s + W - 1 of m, v and master. Which product is fused with
 // which sum is said here: left to the compiler, it differs between W = 1 and vectors, and so between parts and the whole.
 template <class T, int W>
@@ -125,10 +129,10 @@ __global__ void __launch_bounds__(BLOCK)
 update_kernel(T* param, const T* grad, float* m, float* v, float* master, const Part* parts, int count, AdamW o) {
     const Part part = find(parts, count, blockIdx.x, UPDATE_TILE);
     const float decay = part.decayed ? o.decay : 0.0f;
-    share<VECTOR<T>>(
+    share<UPDATED>(
         part.size, part.vectors,
         [&](size_t i) {
-            update<T, VECTOR<T>>(param, grad, m, v, master, part.start + i, part.state + i, o, decay);
+            update<T, UPDATED>(param, grad, m, v, master, part.start + i, part.state + i, o, decay);
         },
         [&](size_t i) { update<T, 1>(param, grad, m, v, master, part.start + i, part.state + i, o, decay); });
 }

@@ -293,8 +293,7 @@ __global__ void __launch_bounds__(BLOCK, 2) attend_to_split(const Heads<E> h, in
 #pragma unroll
             for (int j = 0; j < W; ++j) x[j] = fmaf(scores[i], value[j], x[j]);
         }
-#pragma unroll
-        for (int j = 0; j < W; ++j) parts[group * h.HS + c + j] = x[j];
+        store<TILE>(parts + group * h.HS + c, x);
     }
     __syncthreads();
     float* const result = partial_result(partial, blockIdx.x, h.HS);

@@ -8,7 +8,7 @@
 
 namespace pyllmc {
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = 0.6931471805599453f;
 
 // T queries and S keys of each head: query t sees the first S - T + t + 1 of them. Strides are in elements.
 template <class E>

@@ -13,11 +13,9 @@
 namespace pyllmc {
 namespace {
 
-constexpr int MOST_THREADS = 1024;
 // A row that is not longer stays in shared memory between its two passes: GPT-2's in bfloat16, twice on a
 // multiprocessor of Hopper, once where a block may have 99 KiB. Longer ones are read again, from the L2 cache.
 constexpr size_t KEPT_BYTES = 100'864;
-constexpr float LOG2_E = 1.44269504f;
 
 size_t limit_bytes = size_t{256} << 20;
 
@@ -41,8 +39,11 @@ loss_kernel(T* logits, const int32_t* targets, float* losses, const float* scale
     const float of_target = threadIdx.x == 0 ? target < V ? to_float(row[target]) : NAN : 0.0f;
     float top = -FLT_MAX, total = 0.0f;
     for (int j = first; j < V; j += step) {
-        Floats<W> x = load<W>(row + j);
-        if (kept && backward) store<TILE>(tile + j, x);
+        const Raw<T> raw = load_raw(row + j);
+        if (kept && backward) store<TILE>(tile + j, raw);
+        Floats<W> x;
+#pragma unroll
+        for (int k = 0; k < W; ++k) x[k] = raw[k];
         if (j + W > V) {
 #pragma unroll
             for (int k = 0; k < W; ++k)
@@ -52,14 +53,14 @@ loss_kernel(T* logits, const int32_t* targets, float* losses, const float* scale
 #pragma unroll
         for (int k = 1; k < W; ++k) largest = fmaxf(largest, x[k]);
         if (largest > top) {
-            total *= exp2_fast((top - largest) * LOG2_E);
+            total *= exp_below(top, largest);
             top = largest;
         }
 #pragma unroll
-        for (int k = 0; k < W; ++k) total += exp2_fast((x[k] - top) * LOG2_E);
+        for (int k = 0; k < W; ++k) total += exp_below(x[k], top);
     }
     const float all = block_reduce(top, Max{});
-    total = block_sum(total * exp2_fast((top - all) * LOG2_E));
+    total = block_sum(total * exp_below(top, all));
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (all - of_target);
     if (!backward) return;
     const float factor = *scale / total;
@@ -68,7 +69,7 @@ loss_kernel(T* logits, const int32_t* targets, float* losses, const float* scale
         if (j < V) {
             x = load<W>(again + j);
 #pragma unroll
-            for (int k = 0; k < W; ++k) x[k] = exp2_fast((x[k] - all) * LOG2_E) * factor;
+            for (int k = 0; k < W; ++k) x[k] = exp_below(x[k], all) * factor;
             if (j + W > V || static_cast<unsigned>(target - j) < static_cast<unsigned>(W)) {
 #pragma unroll
                 for (int k = 0; k < W; ++k) {
@@ -112,7 +113,7 @@ Product logits_of(DType type, const void* inp, const void* weight, void* logits,
 template <class T, bool backward>
 void loss_rows(T* logits, const int32_t* targets, float* losses, const float* scale, size_t rows, size_t V, size_t ld) {
     constexpr int W = VECTOR<T>;
-    const int threads = static_cast<int>(std::min<size_t>(ceil_div<size_t>(V, W * WARP) * WARP, MOST_THREADS));
+    const int threads = row_threads(V, W);
     const size_t row_bytes = ld * sizeof(T);
     if (backward && row_bytes <= KEPT_BYTES)
         Launch(rows, threads, row_bytes)(loss_kernel<T, W, backward, true>, logits, targets, losses, scale, V, ld);

@@ -28,6 +28,8 @@ using bf16 = __nv_bfloat16;
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int BLOCK = 256;  // threads of an elementwise kernel
+constexpr int MOST_THREADS = 1024;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 template <class T>
 __host__ __device__ constexpr T ceil_div(T n, T d) {
@@ -57,6 +59,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+// e^(x - top), 1 where they are equal.
+__device__ __forceinline__ float exp_below(float x, float top) { return exp2_fast((x - top) * LOG2_E); }
+
 // ---- vectors: W elements, moved 16 bytes at a time -------------------------------------------------------------------
 
 // Elements of T in 16 bytes. Kernels are templates of <T, W> with W = VECTOR<T> or, where an address or a row length
@@ -66,6 +71,7 @@ constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));
 
 template <int W>
 struct Floats {
+    static constexpr int count = W;
     float v[W];
     __device__ __forceinline__ float& operator[](int i) { return v[i]; }
     __device__ __forceinline__ float operator[](int i) const { return v[i]; }
@@ -75,21 +81,28 @@ struct Floats {
 // shared memory.
 enum Hint { KEEP, STREAM, TILE };
 
-// 16 bytes as they lie in memory, for what is loaded early and used late: bfloat16 takes half the registers of float.
-template <class T>
+// 16 bytes, or 8, as they lie in memory, for what is loaded early and used late: bfloat16 takes half the registers of
+// float.
+template <class T, int BYTES = 16>
 struct Raw {
-    uint32_t word[4];
+    uint32_t word[BYTES / 4];
     __device__ __forceinline__ float operator[](int i) const {
         if constexpr (sizeof(T) == 4) return __uint_as_float(word[i]);
         return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
     }
 };
 
-template <Hint hint = KEEP, class T>
-__device__ __forceinline__ Raw<T> load_raw(const T* p) {
-    const uint4* at = reinterpret_cast<const uint4*>(p);
-    const uint4 x = hint == STREAM ? __ldcs(at) : *at;
-    return {{x.x, x.y, x.z, x.w}};
+template <Hint hint = KEEP, int BYTES = 16, class T>
+__device__ __forceinline__ Raw<T, BYTES> load_raw(const T* p) {
+    if constexpr (BYTES == 16) {
+        const uint4* at = reinterpret_cast<const uint4*>(p);
+        const uint4 x = hint == STREAM ? __ldcs(at) : *at;
+        return {{x.x, x.y, x.z, x.w}};
+    } else {
+        const uint2* at = reinterpret_cast<const uint2*>(p);
+        const uint2 x = hint == STREAM ? __ldcs(at) : *at;
+        return {{x.x, x.y}};
+    }
 }
 
 // Two neighbours in one word: bfloat16, the first in the lower half.
@@ -103,60 +116,80 @@ __device__ __forceinline__ uint32_t pack_bf16(float first, float second) {
 #endif
 }
 
+// How many bytes are moved at a time: 16, 8 where bfloat16 goes with as many floats, or those of one element.
+template <class T, int W>
+constexpr int STEP_BYTES = W % VECTOR<T> == 0 ? 16 : W * sizeof(T) == 8 ? 8 : sizeof(T);
+
 template <int W, Hint hint = KEEP, class T>
 __device__ __forceinline__ Floats<W> load(const T* p) {
+    constexpr int BYTES = STEP_BYTES<T, W>, STEP = BYTES / sizeof(T);
     Floats<W> x;
-    if constexpr (W % VECTOR<T> == 0) {
 #pragma unroll
-        for (int i = 0; i < W; i += VECTOR<T>) {
-            const Raw<T> raw = load_raw<hint>(p + i);
+    for (int i = 0; i < W; i += STEP) {
+        if constexpr (STEP > 1) {
+            const auto raw = load_raw<hint, BYTES>(p + i);
 #pragma unroll
-            for (int j = 0; j < VECTOR<T>; ++j) x[i + j] = raw[j];
+            for (int j = 0; j < STEP; ++j) x[i + j] = raw[j];
+        } else {
+            x[i] = to_float(p[i]);
         }
-    } else {
-#pragma unroll
-        for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
     }
     return x;
 }
 
+template <Hint hint, class V>
+__device__ __forceinline__ void store_words(V* at, const V& all) {
+    if (hint == STREAM)
+        __stcs(at, all);
+    else if (hint == KEEP)
+        __stwb(at, all);  // of *at = all, nvcc makes stores of 4 bytes in some kernels
+    else
+        *at = all;
+}
+
+template <Hint hint = KEEP, class T, int BYTES>
+__device__ __forceinline__ void store(T* p, const Raw<T, BYTES>& x) {
+    if constexpr (BYTES == 16)
+        store_words<hint>(reinterpret_cast<uint4*>(p), uint4{x.word[0], x.word[1], x.word[2], x.word[3]});
+    else
+        store_words<hint>(reinterpret_cast<uint2*>(p), uint2{x.word[0], x.word[1]});
+}
+
 template <Hint hint = KEEP, int W, class T>
 __device__ __forceinline__ void store(T* p, const Floats<W>& x) {
-    if constexpr (W % VECTOR<T> == 0) {
+    constexpr int BYTES = STEP_BYTES<T, W>, STEP = BYTES / sizeof(T);
 #pragma unroll
-        for (int i = 0; i < W; i += VECTOR<T>) {
-            uint32_t word[4];
+    for (int i = 0; i < W; i += STEP) {
+        if constexpr (STEP > 1) {
+            Raw<T, BYTES> raw;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < BYTES / 4; ++j) {
                 if constexpr (sizeof(T) == 4)
-                    word[j] = __float_as_uint(x[i + j]);
+                    raw.word[j] = __float_as_uint(x[i + j]);
                 else
-                    word[j] = pack_bf16(x[i + 2 * j], x[i + 2 * j + 1]);
+                    raw.word[j] = pack_bf16(x[i + 2 * j], x[i + 2 * j + 1]);
             }
-            uint4* at = reinterpret_cast<uint4*>(p + i);
-            const uint4 all{word[0], word[1], word[2], word[3]};
-            if (hint == STREAM)
-                __stcs(at, all);
-            else if (hint == KEEP)
-                __stwb(at, all);  // of *at = all, nvcc makes four stores of 4 bytes in some kernels
-            else
-                *at = all;
+            store<hint>(p + i, raw);
+        } else {
+            p[i] = from_float<T>(x[i]);
         }
-    } else {
-#pragma unroll
-        for (int i = 0; i < W; ++i) p[i] = from_float<T>(x[i]);
     }
 }
 
 // ---- reductions: in a fixed order, every lane gets the same bits -----------------------------------------------------
 
+// What is reduced, and what changes nothing in it.
 struct Sum {
     template <class A>
     __device__ __forceinline__ A operator()(A a, A b) const { return a + b; }
+    template <class A>
+    __device__ __forceinline__ static A nothing() { return 0; }
 };
 
 struct Max {  // of a NaN and a number: the NaN
     __device__ __forceinline__ float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+    template <class A>
+    __device__ __forceinline__ static A nothing() { return -INFINITY; }
 };
 
 template <class Op, class A>
@@ -180,8 +213,7 @@ __device__ __forceinline__ A block_reduce(A x, Op op) {
     x = warp_reduce(x, op);
     if (lane == 0) partial[warp] = x;
     __syncthreads();
-    x = partial[0];
-    for (int i = 1; i < warps; ++i) x = op(x, partial[i]);
+    x = warp_reduce(lane < warps ? partial[lane] : Op::template nothing<A>(), op);  // each warp for itself
     __syncthreads();
     return x;
 }
@@ -200,6 +232,11 @@ void by_type(DType type, F f) {
         f(bf16{});
     else
         f(float{});
+}
+
+// Threads of a block that goes through a row of n elements, W at a time.
+inline int row_threads(size_t n, int W) {
+    return static_cast<int>(std::min<size_t>(ceil_div<size_t>(n, static_cast<size_t>(W) * WARP) * WARP, MOST_THREADS));
 }
 
 // Whether vectors of 16 bytes may be used: every address and the row length (in elements of T) are multiples of them.

@@ -77,6 +77,7 @@ template <class T> T sub(T a, T b) { return a - b; }
 template <class T> T mul(T a, T b) { return a * b; }
 template <class T> T mad(T a, T b, T c) { return a * b + c; }
 template <class T> T neg(T a) { return -a; }
+template <class T> T absolute(T a) { return std::fabs(a); }
 template <class T> T fused(T a, T b, T c) { return std::fma(a, b, c); }
 template <class T> T quotient(T a, T b) { return a / b; }
 template <class T> T root(T a) { return std::sqrt(a); }
@@ -220,6 +221,7 @@ void floats(std::map<std::string_view, Known>& all, const std::string& type) {
     static std::vector<std::unique_ptr<std::string>> names;
     for (const auto& [name, known] : std::initializer_list<std::pair<const char*, Known>>{
              {"add.", lanes<add<T>>()}, {"sub.", lanes<sub<T>>()}, {"mul.", lanes<mul<T>>()}, {"neg.", lanes<neg<T>>()},
+             {"abs.", lanes<absolute<T>>()},
              {"add.rn.", lanes<add<T>>()}, {"sub.rn.", lanes<sub<T>>()}, {"mul.rn.", lanes<mul<T>>()},
              {"fma.rn.", lanes<fused<T>>()}, {"div.rn.", lanes<quotient<T>>()}, {"sqrt.rn.", lanes<root<T>>()},
              {"mov.", lanes<move<T>>()}, {"selp.", lanes<select<T>>()},

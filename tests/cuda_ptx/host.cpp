@@ -62,10 +62,8 @@ std::string site_of(const ptx::Kernel& kernel, const ptx::Instruction& i) {
 
 cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared,
                    const std::vector<unsigned char>& parameters) {
-    const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
-    const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
-    if (!fits || threads == 0 || threads > 1024 || block.z > 64)
-        return failed(cudaErrorInvalidConfiguration, "invalid configuration argument");
+    if (const cudaError_t error = shim::begin_launch(grid, block)) return error;
+    const unsigned threads = block.x * block.y * block.z;
     try {
         ptx::Kernel& kernel = function.kernel();
         if (threads > kernel.max_threads)

@@ -26,6 +26,7 @@ std::string error_text;
 cudaError_t last_error = cudaSuccess;
 namespace {
 cudaError_t error_of_text = cudaSuccess;
+cudaError_t of_next_launch = cudaSuccess;  // what it fails with
 }
 uint64_t allocations_changed = 0;
 
@@ -34,6 +35,14 @@ void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // Na
 cudaError_t failed(cudaError_t error, const std::string& text) {
     error_text = text;
     return last_error = error_of_text = error;
+}
+
+cudaError_t begin_launch(dim3 grid, dim3 block) {
+    if (of_next_launch != cudaSuccess) return failed(std::exchange(of_next_launch, cudaSuccess), "as was asked for");
+    const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+    const bool fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
+    if (fits && threads > 0 && threads <= 1024 && block.z <= 64) return cudaSuccess;
+    return failed(cudaErrorInvalidConfiguration, "invalid configuration argument");
 }
 
 }  // namespace shim
@@ -266,3 +275,6 @@ EXPORTED void shim_free_memory(size_t bytes) { total = used + bytes; }
 
 // Whether the driver can capture graphs.
 EXPORTED void shim_graphs(int there) { no_graphs = there == 0; }
+
+// The next launch fails with this error.
+EXPORTED void shim_fail(int error) { shim::of_next_launch = static_cast<cudaError_t>(error); }

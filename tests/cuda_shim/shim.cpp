@@ -28,7 +28,6 @@ const char* const device_name = "no GPU: its kernels as plain C++";
 namespace {
 
 constexpr size_t STACK_BYTES = 128 << 10;
-constexpr unsigned MAX_THREADS = 1024;
 
 // ---- switching between fibers ----------------------------------------------------------------------------------------
 
@@ -144,7 +143,6 @@ struct Site {
 };
 std::set<Site> sites;    // the barriers and waits for copies that were met
 Site skipped{"", 0};     // the one that is left out
-cudaError_t of_next_launch = cudaSuccess;  // what it fails with
 
 // The next fiber that has something to do: of the same warp, else of the warps that follow; null where none has. So a warp
 // runs as far ahead of the others as barriers let it, and what should have been kept from it goes wrong.
@@ -303,11 +301,8 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 size, size_t shared, Body body, void* arguments) {
-    if (of_next_launch != cudaSuccess) return failed(std::exchange(of_next_launch, cudaSuccess), "as was asked for");
-    const uint64_t threads = static_cast<uint64_t>(size.x) * size.y * size.z;
-    const bool grid_fits = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x < (1u << 31) && grid.y < 65536 && grid.z < 65536;
-    if (!grid_fits || threads == 0 || threads > MAX_THREADS || size.z > 64)
-        return failed(cudaErrorInvalidConfiguration, "invalid configuration argument");
+    if (const cudaError_t error = begin_launch(grid, size)) return error;
+    const unsigned threads = size.x * size.y * size.z;
     const auto asked = shared_limits().find(kernel);
     const bool unasked = asked == shared_limits().end();
     if (shared > (unasked ? UNASKED_SHARED : static_cast<size_t>(asked->second)))
@@ -398,8 +393,5 @@ EXPORTED int shim_barriers(char* text, int size) {
 
 // From now on no thread waits at the barrier, or for the copies, of this line; line 0 brings it back.
 EXPORTED void shim_skip_barrier(const char* file, int line) { shim::skipped = {file, line}; }
-
-// The next launch fails with this error.
-EXPORTED void shim_fail(int error) { shim::of_next_launch = static_cast<cudaError_t>(error); }
 
 EXPORTED void shim_reverse(int reversed) { shim::reversed = reversed != 0; }

@@ -19,6 +19,9 @@ extern std::string error_text;  // why a launch failed
 cudaError_t failed(cudaError_t error, const std::string& text);
 void poison(void* data, size_t bytes);
 
+// Fails where no GPU takes as many blocks or threads, or a test has asked for it.
+cudaError_t begin_launch(dim3 grid, dim3 block);
+
 // Now, or each time that the graph is launched which is captured now.
 cudaError_t perform(cudaStream_t stream, std::function<cudaError_t()> work);
 
