@@ -1,9 +1,10 @@
 // PTX text -> kernels (program.h): as much of the language as nvcc writes for pyllmc/_cuda.
-#include <cstdlib>
-#include <cstring>
 #include <cxxabi.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <cstring>
 
 #include "program.h"
 
@@ -47,11 +48,14 @@ uint8_t width_of_type(std::string_view type) {
     return static_cast<uint8_t>(std::atoi(std::string(type.substr(digits)).c_str()) / 8);
 }
 
-struct Shared {
-    uint64_t bytes;
-    uint32_t alignment;
-    bool dynamic;
+// A parameter, or a variable in shared memory.
+struct Variable {
+    std::string_view name;
+    uint32_t bytes, alignment;
+    bool dynamic = false;  // its bytes are those of the launch
 };
+
+uint32_t rounded_up(uint32_t offset, uint32_t alignment) { return (offset + alignment - 1) / alignment * alignment; }
 
 const std::map<std::string_view, Special> SPECIAL_NAMES = {
     {"%tid.x", TID_X}, {"%tid.y", TID_Y}, {"%tid.z", TID_Z}, {"%ctaid.x", CTAID_X}, {"%ctaid.y", CTAID_Y},
@@ -65,7 +69,6 @@ public:
 
     std::map<std::string, Kernel> module() {
         std::map<std::string, Kernel> kernels;
-        std::vector<std::pair<size_t, size_t>> bodies;
         // Files are named behind the kernels that refer to them.
         for (size_t i = 0; i + 2 < tokens.size(); ++i)
             if (tokens[i].text == ".file") {
@@ -102,7 +105,9 @@ private:
     std::vector<Token> tokens;
     size_t now = 0;
     std::map<std::string_view, std::string_view> files;
-    std::map<std::string_view, Shared> shared;
+    std::map<std::string_view, Variable> shared;
+    std::vector<std::unique_ptr<std::string>> names;  // of registers that are declared by their number
+    bool is_conversion = false;                       // what the instruction is that is read
 
     // of the kernel that is read
     Kernel* kernel = nullptr;
@@ -110,7 +115,7 @@ private:
     std::map<std::string_view, uint32_t> parameters, labels, shared_at;
     std::map<std::pair<uint64_t, uint8_t>, uint32_t> constants;
     std::vector<std::pair<uint32_t, std::string_view>> jumps;
-    std::vector<uint32_t> dynamic;  // constants that are the address of the dynamic shared memory
+    std::vector<Register> dynamic;  // constants that are the address of the dynamic shared memory
     uint32_t place = NO_PLACE, caller = NO_PLACE, alignment_of_dynamic = 1;
     std::map<std::string, uint32_t> places;
 
@@ -160,20 +165,26 @@ private:
         return negative ? -value : value;
     }
 
-    // .shared .align 16 .b8 name[128];
-    void shared_variable(bool is_extern) {
-        expect(".shared");
+    // .align 16 .b8 name[128]
+    Variable variable() {
         uint32_t alignment = 1;
         if (take(".align")) alignment = static_cast<uint32_t>(number());
         const uint8_t width = width_of_type(next());
         const std::string_view name = next();
-        uint64_t bytes = width;
+        uint32_t bytes = width;
         if (take("[")) {
-            bytes = tokens[now].text == "]" ? 0 : width * static_cast<uint64_t>(number());
+            bytes = tokens[now].text == "]" ? 0 : width * static_cast<uint32_t>(number());
             expect("]");
         }
+        return {name, bytes, std::max<uint32_t>(alignment, width)};
+    }
+
+    void shared_variable(bool is_extern) {
+        expect(".shared");
+        Variable found = variable();
         expect(";");
-        shared[name] = {bytes, std::max<uint32_t>(alignment, width), is_extern};
+        found.dynamic = is_extern;
+        shared[found.name] = found;
     }
 
     uint32_t add_register(uint8_t width) {
@@ -183,7 +194,7 @@ private:
     }
 
     uint32_t constant(uint64_t value, uint8_t width) {
-        if (width == 1) value = value ? ALL : 0, width = 1;
+        if (width == 1) value = value ? ALL : 0;
         else if (width < 8) value &= (uint64_t{1} << 8 * width) - 1;
         const auto [found, is_new] = constants.try_emplace({value, width}, 0);
         if (is_new) {
@@ -200,73 +211,73 @@ private:
 
     // Variables lie in the order in which the kernel first names them.
     uint32_t shared_address(std::string_view name, uint8_t width) {
-        const Shared& variable = shared.at(name);
-        if (variable.dynamic) {
-            alignment_of_dynamic = std::max(alignment_of_dynamic, variable.alignment);
-            dynamic.push_back(add_register(width));
-            dynamic_widths.push_back(width);
-            return dynamic.back();
+        const Variable& named = shared.at(name);
+        if (named.dynamic) {
+            alignment_of_dynamic = std::max(alignment_of_dynamic, named.alignment);
+            dynamic.push_back({add_register(width), width});
+            return dynamic.back().offset;
         }
         const auto [found, is_new] = shared_at.try_emplace(name, 0);
         if (is_new) {
-            uint32_t& end = kernel->static_shared;
-            end = (end + variable.alignment - 1) / variable.alignment * variable.alignment;
-            found->second = end;
-            end += static_cast<uint32_t>(variable.bytes);
+            found->second = rounded_up(kernel->static_shared, named.alignment);
+            kernel->static_shared = found->second + named.bytes;
         }
         return constant(found->second, width);
     }
-    std::vector<uint8_t> dynamic_widths;
 
     void entry(Kernel& of) {
         kernel = &of;
         registers.clear(), parameters.clear(), labels.clear(), shared_at.clear(), constants.clear(), jumps.clear();
-        dynamic.clear(), dynamic_widths.clear(), places.clear();
+        dynamic.clear(), places.clear();
         place = caller = NO_PLACE, alignment_of_dynamic = 1;
         of.image.assign(64, 0);  // so that 0 is no register
         ++now;
+        parameter_list();
+        limits();
+        for (int depth = 1; depth > 0;) depth += statement();
+        finish();
+    }
+
+    // (.param .u64 name_0, .param .align 8 .b8 name_1[32])
+    void parameter_list() {
         expect("(");
         while (!take(")")) {
             take(",");
             if (tokens[now].text == ")") continue;
             expect(".param");
-            uint32_t alignment = 1;
-            if (take(".align")) alignment = static_cast<uint32_t>(number());
-            const uint8_t width = width_of_type(next());
-            const std::string_view name = next();
-            uint32_t bytes = width;
-            if (take("[")) {
-                bytes = width * static_cast<uint32_t>(number());
-                expect("]");
-            }
-            alignment = std::max<uint32_t>(alignment, width);
-            of.parameter_bytes = (of.parameter_bytes + alignment - 1) / alignment * alignment;
-            of.parameters.push_back({of.parameter_bytes, bytes});
-            parameters[name] = of.parameter_bytes;
-            of.parameter_bytes += bytes;
+            const Variable found = variable();
+            const uint32_t offset = rounded_up(kernel->parameter_bytes, found.alignment);
+            kernel->parameters.push_back({offset, found.bytes});
+            parameters[found.name] = offset;
+            kernel->parameter_bytes = offset + found.bytes;
         }
+    }
+
+    // .maxntid 256, 1, 1 and the like, up to the body
+    void limits() {
         while (!take("{")) {
             if (take(".maxntid")) {
-                of.max_threads = static_cast<uint32_t>(number());
-                while (take(",")) of.max_threads *= static_cast<uint32_t>(number());
+                kernel->max_threads = static_cast<uint32_t>(number());
+                while (take(",")) kernel->max_threads *= static_cast<uint32_t>(number());
             } else if (take(".minnctapersm") || take(".maxnreg")) {
                 number();
             } else {
                 fail("unknown directive " + std::string(tokens[now].text));
             }
         }
-        for (int depth = 1; depth > 0;) depth += statement();
+    }
+
+    // What is known only when all of the body was read.
+    void finish() {
         for (const auto& [index, label] : jumps) {
             if (!labels.count(label)) fail("no label " + std::string(label));
-            of.code[index].target = labels[label];
+            kernel->code[index].target = labels[label];
         }
-        of.dynamic_start = (of.static_shared + alignment_of_dynamic - 1) / alignment_of_dynamic * alignment_of_dynamic;
-        for (size_t i = 0; i < dynamic.size(); ++i) fill(dynamic[i], of.dynamic_start, dynamic_widths[i]);
-        for (const auto& [name, index] : places) {
-            of.places.resize(std::max<size_t>(of.places.size(), index + 1));
-            of.places[index] = name;
-        }
-        of.tallies.resize(of.code.size());
+        kernel->dynamic_start = rounded_up(kernel->static_shared, alignment_of_dynamic);
+        for (const Register& each : dynamic) fill(each.offset, kernel->dynamic_start, each.width);
+        kernel->places.resize(places.size());
+        for (const auto& [name, index] : places) kernel->places[index] = name;
+        kernel->tallies.resize(kernel->code.size());
     }
 
     // "gelu.cu:34" of the file and the line at this token.
@@ -317,7 +328,6 @@ private:
         }
         expect(";");
     }
-    std::vector<std::unique_ptr<std::string>> names;
 
     // A register, an immediate or an address that stands as a value, `width` bytes wide; 0: as wide as it is.
     uint32_t operand(uint8_t width, uint8_t* found_width = nullptr) {
@@ -363,7 +373,6 @@ private:
         kernel->code.push_back(i);
         return i.to[0];
     }
-    bool is_conversion = false;
 
     // {%r1, %r2} or one of them
     std::vector<uint32_t> operands(uint8_t width, uint8_t* found_width = nullptr) {
