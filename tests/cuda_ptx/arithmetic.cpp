@@ -3,6 +3,8 @@
 #include <cfenv>
 #include <cmath>
 #include <cstring>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "machine.h"
@@ -101,11 +103,7 @@ template <class T> bool geu(T a, T b) { return !(a < b); }
 template <class T> bool neu(T a, T b) { return !(a == b); }
 template <class T> bool nan(T a, T b) { return a != a || b != b; }
 template <class T> bool num(T a, T b) { return a == a && b == b; }
-bool both(bool a, bool b) { return a && b; }
-bool either(bool a, bool b) { return a || b; }
-bool one_of(bool a, bool b) { return a != b; }
 bool negated(bool a) { return !a; }
-bool same(bool a) { return a; }
 
 template <class T> T shift_left(T a, u32 n) { return n < 8 * sizeof(T) ? a << n : 0; }
 template <class T> T shift_right(T a, u32 n) {
@@ -136,11 +134,6 @@ template <class T> T insert(T a, T b, u32 at, u32 count) {  // the low bits of a
 
 // ---- floating point -------------------------------------------------------------------------------------------------
 
-float bits_as_float(u32 bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
 u32 float_as_bits(float x) {
     u32 bits;
     std::memcpy(&bits, &x, 4);
@@ -161,7 +154,6 @@ float divide_roughly(float a, float b) {  // by a very large number it gives 0, 
     return a / b;
 }
 
-float from_bf16(u16 x) { return bits_as_float(static_cast<u32>(x) << 16); }
 u16 to_bf16(float x) {  // to nearest, ties to even; one NaN for all
     const u32 bits = float_as_bits(x);
     return x != x ? 0x7fff : static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -188,55 +180,56 @@ __attribute__((noinline)) void fused_downward(Warp& w, const Instruction& i, uin
 u64 from_shared(u64 a) { return a + SHARED_WINDOW; }
 u64 to_shared(u64 a) { return a - SHARED_WINDOW; }
 
-// Names that differ in the type only, where the type makes no difference.
-template <class T>
-void integers(std::map<std::string_view, Known>& all, const std::vector<std::string>& types) {
+// ---- the table: what is done by the name of the instruction ---------------------------------------------------------
+
+using Table = std::map<std::string_view, Known>;
+
+// Instructions whose names end with the type.
+void add_typed(Table& all, const std::string& type, std::initializer_list<std::pair<const char*, Known>> named) {
     static std::vector<std::unique_ptr<std::string>> names;
+    for (const auto& [name, known] : named) {
+        names.push_back(std::make_unique<std::string>(name + type));
+        all.emplace(*names.back(), known);
+    }
+}
+
+// Where the type makes no difference but for its size.
+template <class T>
+void integers(Table& all, const std::vector<std::string>& types) {
     for (const std::string& type : types)
-        for (const auto& [name, known] : std::initializer_list<std::pair<const char*, Known>>{
-                 {"add.", lanes<add<T>>()}, {"sub.", lanes<sub<T>>()}, {"mul.lo.", lanes<mul<T>>()},
-                 {"mad.lo.", lanes<mad<T>>()}, {"mov.", lanes<move<T>>()}, {"selp.", lanes<select<T>>()},
-                 {"and.", lanes<bit_and<T>>()}, {"or.", lanes<bit_or<T>>()}, {"xor.", lanes<bit_xor<T>>()},
-                 {"not.", lanes<bit_not<T>>()}, {"setp.eq.", lanes<eq<T>>()}, {"setp.ne.", lanes<ne<T>>()},
-                 {"shl.", lanes<shift_left<T>>()}, {"neg.", lanes<neg<T>>()}}) {
-            names.push_back(std::make_unique<std::string>(name + type));
-            all.emplace(*names.back(), known);
-        }
+        add_typed(all, type, {
+            {"add.", lanes<add<T>>()}, {"sub.", lanes<sub<T>>()}, {"mul.lo.", lanes<mul<T>>()},
+            {"mad.lo.", lanes<mad<T>>()}, {"mov.", lanes<move<T>>()}, {"selp.", lanes<select<T>>()},
+            {"and.", lanes<bit_and<T>>()}, {"or.", lanes<bit_or<T>>()}, {"xor.", lanes<bit_xor<T>>()},
+            {"not.", lanes<bit_not<T>>()}, {"setp.eq.", lanes<eq<T>>()}, {"setp.ne.", lanes<ne<T>>()},
+            {"shl.", lanes<shift_left<T>>()}, {"neg.", lanes<neg<T>>()}});
 }
 
 template <class T>
-void ordered(std::map<std::string_view, Known>& all, const std::string& type) {
-    static std::vector<std::unique_ptr<std::string>> names;
-    for (const auto& [name, known] : std::initializer_list<std::pair<const char*, Known>>{
-             {"setp.lt.", lanes<lt<T>>()}, {"setp.le.", lanes<le<T>>()}, {"setp.gt.", lanes<gt<T>>()},
-             {"setp.ge.", lanes<ge<T>>()}, {"min.", lanes<smaller<T>>()}, {"max.", lanes<larger<T>>()},
-             {"div.", lanes<divide<T>>()}, {"rem.", lanes<remainder<T>>()}, {"shr.", lanes<shift_right<T>>()}}) {
-        names.push_back(std::make_unique<std::string>(name + type));
-        all.emplace(*names.back(), known);
-    }
+void ordered(Table& all, const std::string& type) {
+    add_typed(all, type, {
+        {"setp.lt.", lanes<lt<T>>()}, {"setp.le.", lanes<le<T>>()}, {"setp.gt.", lanes<gt<T>>()},
+        {"setp.ge.", lanes<ge<T>>()}, {"min.", lanes<smaller<T>>()}, {"max.", lanes<larger<T>>()},
+        {"div.", lanes<divide<T>>()}, {"rem.", lanes<remainder<T>>()}, {"shr.", lanes<shift_right<T>>()}});
 }
 
 template <class T>
-void floats(std::map<std::string_view, Known>& all, const std::string& type) {
-    static std::vector<std::unique_ptr<std::string>> names;
-    for (const auto& [name, known] : std::initializer_list<std::pair<const char*, Known>>{
-             {"add.", lanes<add<T>>()}, {"sub.", lanes<sub<T>>()}, {"mul.", lanes<mul<T>>()}, {"neg.", lanes<neg<T>>()},
-             {"abs.", lanes<absolute<T>>()},
-             {"add.rn.", lanes<add<T>>()}, {"sub.rn.", lanes<sub<T>>()}, {"mul.rn.", lanes<mul<T>>()},
-             {"fma.rn.", lanes<fused<T>>()}, {"div.rn.", lanes<quotient<T>>()}, {"sqrt.rn.", lanes<root<T>>()},
-             {"mov.", lanes<move<T>>()}, {"selp.", lanes<select<T>>()},
-             {"setp.eq.", lanes<eq<T>>()}, {"setp.ne.", lanes<ne<T>>()}, {"setp.lt.", lanes<lt<T>>()},
-             {"setp.le.", lanes<le<T>>()}, {"setp.gt.", lanes<gt<T>>()}, {"setp.ge.", lanes<ge<T>>()},
-             {"setp.leu.", lanes<leu<T>>()}, {"setp.ltu.", lanes<ltu<T>>()}, {"setp.gtu.", lanes<gtu<T>>()},
-             {"setp.geu.", lanes<geu<T>>()}, {"setp.neu.", lanes<neu<T>>()}, {"setp.nan.", lanes<nan<T>>()},
-             {"setp.num.", lanes<num<T>>()}}) {
-        names.push_back(std::make_unique<std::string>(name + type));
-        all.emplace(*names.back(), known);
-    }
+void floats(Table& all, const std::string& type) {
+    add_typed(all, type, {
+        {"add.", lanes<add<T>>()}, {"sub.", lanes<sub<T>>()}, {"mul.", lanes<mul<T>>()}, {"neg.", lanes<neg<T>>()},
+        {"abs.", lanes<absolute<T>>()},
+        {"add.rn.", lanes<add<T>>()}, {"sub.rn.", lanes<sub<T>>()}, {"mul.rn.", lanes<mul<T>>()},
+        {"fma.rn.", lanes<fused<T>>()}, {"div.rn.", lanes<quotient<T>>()}, {"sqrt.rn.", lanes<root<T>>()},
+        {"mov.", lanes<move<T>>()}, {"selp.", lanes<select<T>>()},
+        {"setp.eq.", lanes<eq<T>>()}, {"setp.ne.", lanes<ne<T>>()}, {"setp.lt.", lanes<lt<T>>()},
+        {"setp.le.", lanes<le<T>>()}, {"setp.gt.", lanes<gt<T>>()}, {"setp.ge.", lanes<ge<T>>()},
+        {"setp.leu.", lanes<leu<T>>()}, {"setp.ltu.", lanes<ltu<T>>()}, {"setp.gtu.", lanes<gtu<T>>()},
+        {"setp.geu.", lanes<geu<T>>()}, {"setp.neu.", lanes<neu<T>>()}, {"setp.nan.", lanes<nan<T>>()},
+        {"setp.num.", lanes<num<T>>()}});
 }
 
-std::map<std::string_view, Known> table() {
-    std::map<std::string_view, Known> all = {
+Table table() {
+    Table all = {
         {"fma.rm.f32", {fused_downward, 1, {4, 4, 4, 4}}},
         {"min.f32", lanes<min_f32>()},
         {"max.f32", lanes<max_f32>()},
@@ -269,11 +262,11 @@ std::map<std::string_view, Known> table() {
         {"popc.b32", lanes<population>()},
         {"bfi.b32", lanes<insert<u32>>()},
         {"bfi.b64", lanes<insert<u64>>()},
-        {"and.pred", lanes<both>()},
-        {"or.pred", lanes<either>()},
-        {"xor.pred", lanes<one_of>()},
+        {"and.pred", lanes<bit_and<bool>>()},
+        {"or.pred", lanes<bit_or<bool>>()},
+        {"xor.pred", lanes<bit_xor<bool>>()},
         {"not.pred", lanes<negated>()},
-        {"mov.pred", lanes<same>()},
+        {"mov.pred", lanes<move<bool>>()},
     };
     floats<float>(all, "f32");
     floats<double>(all, "f64");
@@ -306,8 +299,8 @@ void move_parts(Warp& w, const Instruction& i, uint32_t lanes) {
     }
 }
 
-const std::map<std::string_view, Known>& arithmetic() {
-    static const auto known = table();
+const Table& arithmetic() {
+    static const Table known = table();
     return known;
 }
 

@@ -3,13 +3,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstring>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "machine.h"
 
@@ -47,6 +48,14 @@ std::map<const void*, Function>& functions() {
     return all;
 }
 
+// The kernel that the host knows by this address.
+cudaError_t find(const void* host, Function** function) {
+    const auto found = functions().find(host);
+    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
+    *function = &found->second;
+    return cudaSuccess;
+}
+
 struct Configuration {
     dim3 grid, block;
     size_t shared;
@@ -74,7 +83,7 @@ cudaError_t launch(Function& function, dim3 grid, dim3 block, size_t shared,
         if (kernel.dynamic_start + shared > (unasked ? shim::UNASKED_SHARED : shim::MAX_SHARED))
             return failed(cudaErrorInvalidValue, "more shared memory, static and dynamic, than a block may have");
         ptx::Launch launch{&kernel, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                           static_cast<uint32_t>(shared), parameters, {}, 0, {}};
+                           static_cast<uint32_t>(shared), parameters};
         ++kernel.launches;
         ptx::run(launch);
         kernel.unique_sectors += launch.sectors.size();
@@ -126,9 +135,9 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 }
 
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
-    const auto found = functions().find(host);
-    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
-    *kernel = reinterpret_cast<cudaKernel_t>(&found->second);
+    Function* function;
+    if (const cudaError_t error = find(host, &function)) return error;
+    *kernel = reinterpret_cast<cudaKernel_t>(function);
     return cudaSuccess;
 }
 
@@ -150,19 +159,18 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }  // extern "C"
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* host) {
-    const auto found = functions().find(host);
-    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
     *attributes = {};
-    return cudaSuccess;
+    Function* function;
+    return find(host, &function);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
-    const auto found = functions().find(host);
-    if (found == functions().end()) return shim::last_error = cudaErrorInvalidDeviceFunction;
+    Function* function;
+    if (const cudaError_t error = find(host, &function)) return error;
     const bool fits = value >= 0 && static_cast<size_t>(value) <= shim::MAX_SHARED;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || !fits)
         return shim::last_error = cudaErrorInvalidValue;
-    found->second.shared_limit = static_cast<size_t>(value);
+    function->shared_limit = static_cast<size_t>(value);
     return cudaSuccess;
 }
 

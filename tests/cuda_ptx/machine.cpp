@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
-
 
 namespace ptx {
 
@@ -23,10 +21,10 @@ std::string hexadecimal(uint64_t value) {
 void Warp::regroup() {
     for (int lane = 0; lane < LANES; ++lane)
         if (on >> lane & 1) lane_at[lane] = at;
-    at = other = 0xffffffffu;
+    at = other = NOWHERE;
     for (int lane = 0; lane < LANES; ++lane)
         if ((live & ~waiting) >> lane & 1) at = std::min(at, lane_at[lane]);
-    if (at == 0xffffffffu) {
+    if (at == NOWHERE) {
         for (int lane = 0; lane < LANES; ++lane)
             if (live >> lane & 1) at = lane_at[lane];
         throw Fault("not every lane of a warp comes here");
@@ -163,9 +161,8 @@ void start(Block& block, Launch& launch, uint64_t number) {
     block.index[0] = static_cast<uint32_t>(number % launch.grid[0]);
     block.index[1] = static_cast<uint32_t>(number / launch.grid[0] % launch.grid[1]);
     block.index[2] = static_cast<uint32_t>(number / launch.grid[0] / launch.grid[1]);
-    block.shared.assign(kernel.dynamic_start + launch.shared_bytes, 0xff);
-    if (launch.shared_bytes == 0) block.shared.resize(kernel.static_shared);
-    block.cells.resize(block.shared.size() / 2 + 1);
+    block.shared.assign(launch.shared_bytes ? kernel.dynamic_start + launch.shared_bytes : kernel.static_shared, 0xff);
+    block.cells.resize(block.shared.size() / CELL + 1);
     block.start = block.clock = ++clock_now;
     const uint32_t threads = launch.size[0] * launch.size[1] * launch.size[2];
     block.warps.resize((threads + LANES - 1) / LANES);
@@ -178,7 +175,7 @@ void start(Block& block, Launch& launch, uint64_t number) {
         warp.index = static_cast<int>(k);
         warp.all = warp.live = warp.on = count == LANES ? ALL : (1u << count) - 1;
         warp.waiting = warp.at = 0;
-        warp.other = 0xffffffffu;
+        warp.other = NOWHERE;
         warp.clock = block.clock;
         warp.at_barrier = false;
         warp.copies.clear();
@@ -239,14 +236,13 @@ void run(Launch& launch) {
                 spare.push_back(std::move(resident[k]));
                 resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(k));
             }
-        if (!moved && ++idle < PATIENCE) continue;
-        if (!moved) {
+        idle = moved ? 0 : idle + 1;
+        if (idle == PATIENCE) {
             const auto& warps = resident.front()->warps;
             const bool barrier = std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.at_barrier; });
             const char* const why = barrier ? "not every thread of a block comes to a barrier" : "waits for ever";
             throw Fault(launch.kernel->name + ": " + why);
         }
-        idle = 0;
     }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <memory>
 #include <unordered_set>
 
@@ -57,7 +58,7 @@ struct Warp {
     int index = 0;
     uint32_t all = 0, live = 0;          // lanes that there are, and that have not ended
     uint32_t on = 0, waiting = 0;        // lanes that run now, and that wait for others at `together`
-    uint32_t at = 0, other = 0;          // where the lanes are that run now; the lowest place of the others
+    uint32_t at = 0, other = NOWHERE;    // where the lanes are that run now; the lowest place of the others
     uint32_t lane_at[LANES] = {};
     uint64_t clock = 0;
     bool at_barrier = false;
@@ -90,9 +91,9 @@ struct Launch {
     uint32_t grid[3], size[3];
     uint32_t shared_bytes;
     std::vector<unsigned char> parameters;
-    std::unordered_set<uint64_t> sectors;  // of global memory, where it is counted
+    std::unordered_set<uint64_t> sectors{};  // of global memory, where it is counted
     uint64_t start = 0;
-    std::map<uint64_t, std::map<uint32_t, Seen>> released;  // what stands behind a flag, by its address
+    std::map<uint64_t, std::map<uint32_t, Seen>> released{};  // what stands behind a flag, by its address
 };
 
 extern bool counting;
@@ -102,5 +103,12 @@ extern uint64_t clock_now;
 void run(Launch& launch);
 
 std::string hexadecimal(uint64_t value);
+
+inline float from_bf16(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 }  // namespace ptx

@@ -1,7 +1,6 @@
 // What the instructions do that touch memory, or that a warp does together, and what is counted of it. Who touched what
 // is followed by touched.cpp.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "machine.h"
@@ -45,6 +44,17 @@ void count_sectors(Launch& launch, Tally& tally, const uint64_t* at, uint32_t la
     launch.sectors.insert(seen, seen + count);
 }
 
+Tally& tally_of(Warp& w, const Instruction& i) {
+    Kernel& kernel = *w.block->launch->kernel;
+    return kernel.tallies[static_cast<size_t>(&i - kernel.code.data())];
+}
+
+void count_access(Warp& w, const Instruction& i, const uint64_t* at, uint32_t lanes, uint32_t bytes) {
+    if (!counting) return;
+    if (i.space == Space::SHARED) count_banks(tally_of(w, i), at, lanes, bytes);
+    else count_sectors(*w.block->launch, tally_of(w, i), at, lanes, bytes);
+}
+
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 
 void addresses(Warp& w, const Instruction& i, uint64_t* at) {
@@ -54,11 +64,6 @@ void addresses(Warp& w, const Instruction& i, uint64_t* at) {
     else
         for (int lane = 0; lane < LANES; ++lane)
             at[lane] = w.reg<uint64_t>(i.address)[lane] + static_cast<uint64_t>(i.offset);
-}
-
-Tally& tally_of(Warp& w, const Instruction& i) {
-    Kernel& kernel = *w.block->launch->kernel;
-    return kernel.tallies[static_cast<size_t>(&i - kernel.code.data())];
 }
 
 unsigned char* of_shared(Warp& w, uint64_t address) { return w.block->shared.data() + address; }
@@ -119,10 +124,7 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
             if (i.orders) acquire(w, lane, at[lane]);
             from[lane] = host_place(w, i, at[lane]);
         }
-    if (counting) {
-        if (i.space == Space::SHARED) count_banks(tally_of(w, i), at, lanes, bytes);
-        else count_sectors(*w.block->launch, tally_of(w, i), at, lanes, bytes);
-    }
+    count_access(w, i, at, lanes, bytes);
     fill_any(w, i, lanes, from);
 }
 
@@ -139,10 +141,7 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
             for (size_t k = 0; k < i.from.size(); ++k)
                 std::memcpy(to + k * i.width, w.reg<unsigned char>(i.from[k]) + lane * i.register_width, i.width);
         }
-    if (counting) {
-        if (i.space == Space::SHARED) count_banks(tally_of(w, i), at, lanes, bytes);
-        else count_sectors(*w.block->launch, tally_of(w, i), at, lanes, bytes);
-    }
+    count_access(w, i, at, lanes, bytes);
 }
 
 void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -150,16 +149,14 @@ void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
     addresses(w, i, at);
     for (int lane = 0; lane < LANES; ++lane)
         if (lanes >> lane & 1) {
-            unsigned char* place;
             if (i.space == Space::SHARED) {
                 if (shared_cells(*w.block, static_cast<uint32_t>(at[lane]), 4)->written < w.block->start)
                     throw Fault("nobody wrote what is added to at shared address " + std::to_string(at[lane]));
                 write_shared(w, lane, static_cast<uint32_t>(at[lane]), 4, true);
-                place = of_shared(w, at[lane]);
             } else {
                 write_global(w, lane, at[lane], 4, true);
-                place = reinterpret_cast<unsigned char*>(at[lane]);
             }
+            unsigned char* const place = host_place(w, i, at[lane]);
             uint32_t before;
             std::memcpy(&before, place, 4);
             const uint32_t after = before + w.reg<uint32_t>(i.from[0])[lane];
@@ -216,7 +213,7 @@ void load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
     uint64_t at[LANES];
     addresses(w, i, at);
     for (int lane = 0; lane < LANES; ++lane) shared_cells(*w.block, static_cast<uint32_t>(at[lane]), 16);
-    if (counting) count_banks(tally_of(w, i), at, lanes, 16);
+    count_access(w, i, at, lanes, 16);
     for (int matrix = 0; matrix < 4; ++matrix) {
         uint32_t* to = w.reg<uint32_t>(i.to[static_cast<size_t>(matrix)]);
         uint32_t loaded[LANES];
@@ -237,12 +234,7 @@ void load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
     }
 }
 
-float bf16_at(uint32_t pair, int half) {
-    const uint32_t bits = (half ? pair >> 16 : pair & 0xffffu) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
+float bf16_at(uint32_t pair, int half) { return from_bf16(static_cast<uint16_t>(half ? pair >> 16 : pair)); }
 
 // mma.m16n8k16: the tables of the ISA for the elements i of a lane's a (8), b (4) and c (4), with group = lane / 4 and
 // member = lane % 4. Products are exact, sums rounded once; the order is the GPU's own.
@@ -252,7 +244,7 @@ void multiply(Warp& w, const Instruction& i, uint32_t) {
     for (int lane = 0; lane < LANES; ++lane) {
         const int group = lane >> 2, member = lane & 3;
         for (int e = 0; e < 8; ++e) {
-            const int row = (e >= 0 && e < 2) || (e >= 4 && e < 6) ? group : group + 8;
+            const int row = e % 4 < 2 ? group : group + 8;
             const int column = member * 2 + (e & 1) + (e < 4 ? 0 : 8);
             a[row][column] = bf16_at(pair(e / 2, lane), e & 1);
         }

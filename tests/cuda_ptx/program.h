@@ -14,7 +14,8 @@ namespace ptx {
 
 constexpr int LANES = 32;
 constexpr uint32_t ALL = 0xffffffffu;
-constexpr uint32_t NO_PLACE = 0xffffffffu;
+constexpr uint32_t NO_PLACE = 0xffffffffu;                // in the source
+constexpr uint32_t NOWHERE = 0xffffffffu;                 // in the program: behind every instruction
 constexpr uint64_t SHARED_WINDOW = uint64_t{0x7f} << 48;  // where shared memory lies among generic addresses
 
 struct Fault : std::runtime_error {
@@ -39,7 +40,7 @@ struct Instruction {
     bool has_mask = false;        // the mask is the last of `from`
     bool is_signed = false;       // a load extends the sign
     bool orders = false;          // a store that releases, a load that acquires
-    uint8_t width = 0, count = 1; // of memory: bytes of an element, elements
+    uint8_t width = 0, count = 1;  // of memory: bytes of an element, elements
     uint8_t register_width = 0;   // bytes of each register that is loaded or stored
     uint8_t address_width = 0;
     uint8_t mode = 0;             // of shfl
@@ -65,8 +66,10 @@ struct Tally {
     uint64_t warps = 0, lanes = 0, wavefronts = 0, ideal = 0, sectors = 0, bytes = 0;
 };
 
-enum Special { TID_X, TID_Y, TID_Z, CTAID_X, CTAID_Y, CTAID_Z, NTID_X, NTID_Y, NTID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z,
-               LANEID, SPECIALS };
+enum Special {
+    TID_X, TID_Y, TID_Z, CTAID_X, CTAID_Y, CTAID_Z, NTID_X, NTID_Y, NTID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, LANEID,
+    SPECIALS  // how many there are
+};
 
 struct Kernel {
     std::string name;                         // as it is in the source
@@ -82,15 +85,16 @@ struct Kernel {
     uint64_t launches = 0, unique_sectors = 0;
 };
 
-// The instruction's step, widths and flags by its name; throws where the machine does not know it.
+// What is known of the instructions of arithmetic.cpp, by their names.
 struct Known {
     Step step;
     int results;                  // the first operands that are written
     std::vector<uint8_t> widths;  // bytes of each operand; 1 is a predicate
 };
 const std::map<std::string_view, Known>& arithmetic();
-
 void move_parts(Warp& warp, const Instruction& instruction, uint32_t lanes);  // of mov with {}
+
+// Gives any other instruction its step and its flags by its name; throws where the machine does not know it.
 void find_memory_step(Instruction& instruction);
 
 // The kernels of a module, by the names that the host knows them by.

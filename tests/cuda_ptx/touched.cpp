@@ -79,8 +79,9 @@ void note_write(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t sta
 struct Shadow {
     uint64_t start = 0, end = 0;
     Cell* cells = nullptr;
+    size_t bytes() const { return (end - start + CELL) / CELL * sizeof(Cell); }
     ~Shadow() {
-        if (cells) munmap(cells, (end - start + CELL) / CELL * sizeof(Cell));
+        if (cells) munmap(cells, bytes());
     }
 };
 
@@ -102,33 +103,40 @@ Shadow& shadow_of(uint64_t address) {
     last = &shadows[start];
     if (last->cells == nullptr && end != 0) {
         last->start = start, last->end = end;
-        void* cells = mmap(nullptr, (end - start + CELL) / CELL * sizeof(Cell), PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* cells = mmap(nullptr, last->bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                           -1, 0);
         if (cells == MAP_FAILED) throw Fault("no memory left to follow that of the device");
         last->cells = static_cast<Cell*>(cells);
     }
     return *last;
 }
 
+std::string place_in_global(uint64_t address) { return "address " + hexadecimal(address); }
+std::string place_in_shared(uint32_t address) { return "shared address " + std::to_string(address); }
+
+// A single byte is followed as the cell that it lies in.
+uint32_t cells_of(uint32_t bytes) { return (bytes + CELL - 1) / CELL; }
+
 Cell* global_cells(uint64_t address, uint32_t bytes) {
-    if (address % bytes) throw Fault("address " + hexadecimal(address) + " is no multiple of " + std::to_string(bytes));
+    if (address % bytes) throw Fault(place_in_global(address) + " is no multiple of " + std::to_string(bytes));
     const Shadow& shadow = shadow_of(address);
     if (shadow.cells == nullptr || address + bytes > shadow.end)
-        throw Fault("address " + hexadecimal(address) + " is outside of all memory of the device");
+        throw Fault(place_in_global(address) + " is outside of all memory of the device");
     return shadow.cells + (address - shadow.start) / CELL;
 }
 
 }  // namespace
 
 Cell* shared_cells(Block& block, uint32_t address, uint32_t bytes) {
-    const auto where = [&] { return "shared address " + std::to_string(address); };
-    if (address % bytes) throw Fault(where() + " is no multiple of " + std::to_string(bytes));
-    if (address + uint64_t{bytes} > block.shared.size())
-        throw Fault(where() + " is outside the block's " + std::to_string(block.shared.size()) + " bytes");
+    if (address % bytes) throw Fault(place_in_shared(address) + " is no multiple of " + std::to_string(bytes));
+    const size_t there = block.shared.size();
+    if (address + uint64_t{bytes} > there)
+        throw Fault(place_in_shared(address) + " is outside the block's " + std::to_string(there) + " bytes");
     if (bytes < CELL) throw Fault("single bytes of shared memory are not followed");
     Cell* const cells = &block.cells[address / CELL];
     for (uint32_t i = 0; i < bytes / CELL; ++i)
-        if (cells[i].pending) throw Fault("an asynchronous copy to " + where() + " was not waited for");
+        if (cells[i].pending)
+            throw Fault("an asynchronous copy to " + place_in_shared(address) + " was not waited for");
     return cells;
 }
 
@@ -136,24 +144,24 @@ void read_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes) {
     Cell* const cells = shared_cells(*warp.block, address, bytes);
     for (uint32_t i = 0; i < bytes / CELL; ++i)
         if (cells[i].written < warp.block->start)
-            throw Fault("nobody wrote what is read at shared address " + std::to_string(address));
+            throw Fault("nobody wrote what is read at " + place_in_shared(address));
     note_read(warp, warp.index * LANES + lane, cells, bytes / CELL, warp.block->start, false,
-              [&] { return "shared address " + std::to_string(address); });
+              [&] { return place_in_shared(address); });
 }
 
 void write_shared(Warp& warp, int lane, uint32_t address, uint32_t bytes, bool atomic) {
     note_write(warp, warp.index * LANES + lane, shared_cells(*warp.block, address, bytes), bytes / CELL,
-               warp.block->start, atomic, [&] { return "shared address " + std::to_string(address); });
+               warp.block->start, atomic, [&] { return place_in_shared(address); });
 }
 
 void read_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic) {
-    note_read(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL,
-              warp.block->launch->start, atomic, [&] { return "address " + hexadecimal(address); });
+    note_read(warp, warp.index * LANES + lane, global_cells(address, bytes), cells_of(bytes),
+              warp.block->launch->start, atomic, [&] { return place_in_global(address); });
 }
 
 void write_global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool atomic) {
-    note_write(warp, warp.index * LANES + lane, global_cells(address, bytes), (bytes + 1) / CELL,
-               warp.block->launch->start, atomic, [&] { return "address " + hexadecimal(address); });
+    note_write(warp, warp.index * LANES + lane, global_cells(address, bytes), cells_of(bytes),
+               warp.block->launch->start, atomic, [&] { return place_in_global(address); });
 }
 
 // st.release: whoever sees this flag may rely on what the block did before its last barrier, and on what it relies on
