@@ -23,8 +23,10 @@ Row = namedtuple("Row", FIELDS)
 Kernel = namedtuple("Kernel", "name launches warps lanes mma conflicts asked again unique")
 
 # As in GPT-2 124M, with few rows and tokens; where it is no size of these, the largest of the op's own cases.
-SIZES = {"B": 2, "T": 128, "maxT": 128, "C": 768, "OC": 768, "NH": 12, "HS": 64, "V": 1000, "Vp": 1024}
-OTHERS = {"leading": (2, 128), "shape": (64, 768), "parts": 0, "position": 100, "n": 1}
+SIZES = {
+    "B": 2, "T": 128, "maxT": 128, "C": 768, "OC": 768, "NH": 12, "HS": 64, "V": 1000, "Vp": 1024,
+    "leading": (2, 128), "shape": (64, 768), "parts": 0, "position": 100, "n": 1,
+}  # fmt: skip
 MASTERS = ("adamw_update", "bfloat16")  # has exact masters beside the parameters
 
 
@@ -90,7 +92,7 @@ def far_from_best(rows):
 def count(op, dtype):
     """The kernels of an op at the sizes above, without those that convert what goes to the device and comes back."""
     sizes = dict(cases.CASES[op][-1].sizes)
-    sizes |= {name: value for name, value in (SIZES | OTHERS).items() if name in sizes}
+    sizes |= {name: value for name, value in SIZES.items() if name in sizes}
     sizes |= {"master": True} if (op, dtype) == MASTERS else {}
     call = cases.make(cases.Case(op, tuple(sizes.items())))
     outputs = {name: np.full(shape, np.nan, np.float32) for name, shape in call.outputs.items()}

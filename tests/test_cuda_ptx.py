@@ -7,6 +7,7 @@ import ctypes
 import re
 
 import numpy as np
+import ptx_counts
 import pytest
 import shim
 from on_device import OnDevice
@@ -48,29 +49,37 @@ def machine():
     return shim.load("cuda_ptx")
 
 
+@pytest.fixture
+def barriers(machine):
+    control = shim.Barriers("cuda_ptx")
+    control.met()
+    yield control
+    control.skip()
+    control.reverse(False)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_told(machine, name, reverse):
+def test_a_fault_is_told(machine, barriers, name, reverse):
     library, text = ctypes.CDLL(machine.__file__), ctypes.create_string_buffer(1000)
-    order = shim.Barriers("cuda_ptx")
-    order.reverse(reverse)
-    found = library.faults_run(name.encode(), text, len(text))
-    order.reverse(False)
-    assert found == 0 and re.search(FAULTS[name], text.value.decode()), text.value.decode()
+    barriers.reverse(reverse)
+    assert library.faults_run(name.encode(), text, len(text)) == 0
+    assert re.search(FAULTS[name], text.value.decode()), text.value.decode()
 
 
-def test_an_op_tells_the_kernel_and_the_line(machine):
-    order = shim.Barriers("cuda_ptx")
+def test_no_fault_is_left_untried():
+    table = re.findall(r'^    {"(\w+)", ', (shim.MACHINE / "faults.cu").read_text(), re.MULTILINE)
+    assert table == list(FAULTS)
+
+
+def test_an_op_tells_the_kernel_and_the_line(machine, barriers):
     losses = machine.from_host(np.ones(5000, np.float32)), machine.from_host(np.zeros(5000, np.int32))
-    order.met()
     machine.mean_loss(*losses)
-    (file, line), *_ = order.met()
-    order.skip(file, line)
-    try:
-        with pytest.raises(RuntimeError, match=rf"kernel launch: {file}:\d+.*mean_kernel: .* block 0 0, warp \d+, PTX"):
-            machine.mean_loss(*losses)
-    finally:
-        order.skip()
+    (file, line), *_ = barriers.met()
+    barriers.skip(file, line)
+    with pytest.raises(RuntimeError, match=rf"kernel launch: {file}:\d+.*mean_kernel: .* block 0 0, warp \d+, PTX"):
+        machine.mean_loss(*losses)
+    barriers.skip()
     assert machine.to_host(machine.mean_loss(*losses)) == 1
 
 
@@ -94,8 +103,6 @@ def test_an_update_has_the_same_bits_in_vectors_and_alone(machine, dtype):
 
 @pytest.fixture(scope="module")
 def count(machine):
-    import ptx_counts  # loads the machine
-
     return ptx_counts.count
 
 
@@ -147,16 +154,12 @@ def test_attention_does_no_more_than_it_has_to(count):
 
 
 def test_the_table_is_printed(machine, capsys):
-    import ptx_counts
-
     ptx_counts.main(["softmax_forward"])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("op, kernel") and len([line for line in lines if line.startswith("softmax_forward")]) == 2
 
 
 def test_nothing_is_counted_unless_asked(machine):
-    import ptx_counts
-
     counts = ptx_counts.Counts()
     OnDevice(machine).gelu_forward(np.ones(100, np.float32))
     assert counts.rows() == []

@@ -1,6 +1,6 @@
 // For tests/test_cuda_attention.py: what pyllmc/_cuda/mma.cuh does with matrices, element by element. Registers are
 // filled and read by the figures of the PTX ISA ("Matrix Fragments for mma.m16n8k16", "ldmatrix"), not by its own code.
-#include "../../pyllmc/_cuda/mma.cuh"
+#include "mma.cuh"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
