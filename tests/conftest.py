@@ -7,7 +7,8 @@ a skipped test with the reason, never as a silent pass.
 their PTX on the CPU. `gpu` is each of them as what `--device cuda` finds; without it the programs compute on the CPU,
 whatever this machine has.
 `in_folder` and `in_folder_with_text` are where training runs are tried, `serve` is a server on this machine.
-pytest's own option `--device cuda` runs what one device backend has to do, and fails where that cannot run.
+pytest's own option `--device cuda`, or `cuda_ptx`, runs what one device backend has to do, and fails where that cannot
+run.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import pytest
 import shim
 from on_device import OnDevice
 
-DEVICES = ("cuda_shim", "cuda_ptx", "cuda")
+DEVICES = (*shim.BACKENDS, "cuda")
 os.environ["PYLLMC_DEVICE"] = "cpu"
 # At the end: both folders have a compare.py.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
@@ -49,16 +50,23 @@ def pytest_configure(config):
     # A shell has Ctrl-C ignored by what it starts in the background, and nohup SIGHUP, and so by all that this starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if config.getoption("--device", None) == "cuda":
-        cuda = importlib.import_module("pyllmc._cuda")
-        if not cuda.AVAILABLE:
-            raise pytest.UsageError(f"--device cuda: {cuda.REASON}")
+    wanted = config.getoption("--device", None)
+    if wanted and (reason := missing(wanted)):
+        raise pytest.UsageError(f"--device {wanted}: {reason}")
+
+
+def missing(name):
+    """Why a device backend cannot run here, or "" where it can."""
+    if name in shim.BACKENDS:
+        return shim.missing(name)
+    cuda = importlib.import_module("pyllmc._cuda")
+    return "" if cuda.AVAILABLE else cuda.REASON
 
 
 def devices_here(config):
     """Those that can run here, the PTX only where it is asked for. That no GPU can is told once, by a skipped test."""
     asked = ["cuda_ptx"] if config.getoption("--device", None) == "cuda_ptx" else []
-    return ["cuda_shim", *asked, *(["cuda"] if importlib.import_module("pyllmc._cuda").AVAILABLE else [])]
+    return ["cuda_shim", *asked, *([] if missing("cuda") else ["cuda"])]
 
 
 def pytest_generate_tests(metafunc):

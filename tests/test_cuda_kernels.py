@@ -186,3 +186,11 @@ def test_a_device_that_is_asked_for_has_to_be_there():
         pytest.skip("there is a GPU")
     done = pytest_with("--device", "cuda")
     assert done.returncode == 4 and f"ERROR: --device cuda: {_cuda.REASON}" in done.stderr
+
+
+@pytest.mark.parametrize("backend", shim.BACKENDS)
+def test_a_backend_that_is_asked_for_has_to_be_compiled(backend, monkeypatch):
+    """Else all its tests would be skipped, and nothing fail."""
+    monkeypatch.setenv("CXX", "none")
+    done = pytest_with("--device", backend)
+    assert done.returncode == 4 and f"ERROR: --device {backend}: no C++ compiler" in done.stderr
