@@ -12,7 +12,7 @@ PACKAGE = ROOT / "pyllmc"
 MAX_LINES = 600
 FORBIDDEN_FLAGS = ("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-march=native", "-mcpu=native")
 SOURCE_FOLDERS = ("pyllmc", "tests", "bench", "data", "docs")
-SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".cu", ".cuh", ".sh"}
+SOURCE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cpp", ".h", ".cu", ".cuh", ".sh"}
 
 # From the top: a module imports from its own layer and those below it. The name of a folder stands for all that is in
 # it and has no place of its own. The package itself only lists names, and imports them when they are used.
