@@ -87,12 +87,13 @@ __device__ __forceinline__ float round_stochastically(float x, uint32_t random) 
     return __uint_as_float((bits + random) & 0xffff0000u);
 }
 
-// Elements that a thread updates at a time: 16 bytes of m, v and master. With twice as many, neighbouring threads' vectors
-// would lie 16 bytes apart in them, and each store would write half sectors.
+// Elements that a thread updates at a time: 16 bytes of m, v and master. With twice as many, neighbouring threads'
+// vectors would lie 16 bytes apart in them, and each store would write half sectors.
 constexpr int UPDATED = VECTOR<float>;
 
-// The elements i .. i + W - 1 of param and grad, which are s .. s + W - 1 of m, v and master. Which product is fused with
-// which sum is said here: left to the compiler, it differs between W = 1 and vectors, and so between parts and the whole.
+// The elements i .. i + W - 1 of param and grad, which are s .. s + W - 1 of m, v and master. Which product is fused
+// with which sum is said here: left to the compiler, it differs between W = 1 and vectors, and so between parts and the
+// whole.
 template <class T, int W>
 __device__ __forceinline__ void update(T* param, const T* grad, float* m, float* v, float* master, size_t i, size_t s,
                                        const AdamW& o, float decay) {

@@ -27,8 +27,8 @@ using bf16 = __nv_bfloat16;
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int BLOCK = 256;  // threads of an elementwise kernel
-constexpr int MOST_THREADS = 1024;
+constexpr int BLOCK = 256;          // threads of an elementwise kernel
+constexpr int MOST_THREADS = 1024;  // that a block may have
 constexpr float LOG2_E = 1.4426950408889634f;
 
 template <class T>
@@ -77,8 +77,8 @@ struct Floats {
     __device__ __forceinline__ float operator[](int i) const { return v[i]; }
 };
 
-// How a value is moved: KEEP it in the caches for a reader to come, or STREAM past them; what is stored may go to a TILE in
-// shared memory.
+// How a value is moved: KEEP it in the caches for a reader to come, or STREAM past them; what is stored may go to a
+// TILE in shared memory.
 enum Hint { KEEP, STREAM, TILE };
 
 // 16 bytes, or 8, as they lie in memory, for what is loaded early and used late: bfloat16 takes half the registers of

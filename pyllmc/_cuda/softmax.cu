@@ -5,7 +5,8 @@
 namespace pyllmc {
 namespace {
 
-// f(x...): all of the first `n` elements of the rows go through it once, x being as many of each row: W, or 1 at the end.
+// f(x...): all of the first `n` elements of the rows go through it once, x being as many of each row: W, or 1 at the
+// end.
 template <int W, class F, class... Rows>
 __device__ __forceinline__ void each(size_t n, F f, const Rows*... rows) {
     const size_t done = n / W * W;
@@ -130,11 +131,11 @@ mean_kernel(const float* losses, const int32_t* targets, float* out, size_t n) {
     if (threadIdx.x == 0) *out = counted > 0.0 ? static_cast<float>(total / counted) : 0.0f;
 }
 
-// run(kernel<T, W>) with the width that fits.
-#define RUN_BY_WIDTH(kernel, ...)                         \
-    if (vectors_fit<T>(Vp, __VA_ARGS__))                  \
+// run(kernel<T, W>, threads) with the width that fits.
+#define RUN_BY_WIDTH(kernel, ...)                              \
+    if (vectors_fit<T>(Vp, __VA_ARGS__))                       \
         run(kernel<T, VECTOR<T>>, row_threads(Vp, VECTOR<T>)); \
-    else                                                  \
+    else                                                       \
         run(kernel<T, 1>, row_threads(Vp, 1))
 
 }  // namespace
@@ -153,8 +154,8 @@ void softmax_backward(DType type, const void* dout, const void* out, void* dinp,
     by_type(type, [&](auto zero) {
         using T = decltype(zero);
         const auto run = [&](auto kernel, int threads) {
-            Launch(rows, threads)(kernel, static_cast<const T*>(dout), static_cast<const T*>(out), static_cast<T*>(dinp), V,
-                                Vp);
+            Launch(rows, threads)(kernel, static_cast<const T*>(dout), static_cast<const T*>(out), static_cast<T*>(dinp),
+                                  V, Vp);
         };
         RUN_BY_WIDTH(softmax_backward_kernel, dout, out, dinp);
     });
@@ -176,8 +177,8 @@ void crossentropy_backward(DType type, const float* dlosses, const void* logits,
     by_type(type, [&](auto zero) {
         using T = decltype(zero);
         const auto run = [&](auto kernel, int threads) {
-            Launch(rows, threads)(kernel, dlosses, static_cast<const T*>(logits), targets, lse, static_cast<T*>(dlogits), V,
-                                Vp);
+            Launch(rows, threads)(kernel, dlosses, static_cast<const T*>(logits), targets, lse, static_cast<T*>(dlogits),
+                                  V, Vp);
         };
         RUN_BY_WIDTH(crossentropy_backward_kernel, logits, dlogits);
     });
