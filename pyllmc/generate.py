@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import codecs
 import collections
-import functools
 import itertools
 import operator
 import sys
@@ -347,8 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{error} (the model is {path})") from None
         return path, tokenizer, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
 
-    find = newest_model if args.checkpoint is None else functools.partial(find_model, args.checkpoint)
-    path, tokenizer, model = opened(find, open_one)
+    path, tokenizer, model = opened(
+        lambda: find_model(args.checkpoint) if args.checkpoint else newest_model(),
+        open_one,
+    )
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
     if isinstance(tokenizer, TokenIds):
         print("no tokenizer.bin beside it, and not GPT-2's tokens: these are the token ids", file=sys.stderr)
