@@ -24,11 +24,14 @@ namespace shim {
 
 std::string error_text;
 cudaError_t last_error = cudaSuccess;
-namespace {
-cudaError_t error_of_text = cudaSuccess;
-cudaError_t of_next_launch = cudaSuccess;  // what it fails with
-}
 uint64_t allocations_changed = 0;
+
+namespace {
+
+cudaError_t error_of_text = cudaSuccess;   // what error_text is told of
+cudaError_t of_next_launch = cudaSuccess;  // what a test lets it fail with
+
+}  // namespace
 
 void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // NaN as float, bfloat16 and double
 
