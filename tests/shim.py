@@ -2,7 +2,8 @@
 nvcc is, to PTX that tests/cuda_ptx runs.
 
 `load(backend)` gives the module that setup.py builds with nvcc, here built from the same .cu and .pyx files; it is
-compiled when a source changed, into build/cuda_shim. Called by conftest.py and the tests of the CUDA backend.
+compiled when a source changed, into build/cuda_shim. Called by conftest.py, ptx_counts.py and the tests of the CUDA
+backend.
 """
 
 import ctypes
@@ -182,7 +183,8 @@ class Gpu:
 
 
 class Barriers:
-    """The barriers of the kernels (__syncthreads), which can be left out one at a time, and the order of threads."""
+    """The barriers of the kernels (__syncthreads, waits for copies, __syncwarp in PTX), which can be left out one at a
+    time, and the order of threads."""
 
     def __init__(self, backend="cuda_shim"):
         self.library = ctypes.CDLL(load(backend).__file__)
