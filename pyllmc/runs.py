@@ -82,12 +82,16 @@ def find_model(named: Path) -> Path:
 
 
 def opened(find: Callable[[], Path], open_one: Callable[[Path], Any]) -> Any:
-    """open_one(find()) of a model file; where it is gone meanwhile, both once more: a run that goes on removes its
-    older checkpoints when a newer one is whole."""
-    try:
-        return open_one(find())
-    except FileNotFoundError:
-        return open_one(find())
+    """open_one(find()) of a model file; where a file is gone meanwhile, both once more, until the same one is missing
+    twice: a run that goes on removes its older checkpoints when a newer one is whole."""
+    gone = None
+    while True:
+        try:
+            return open_one(find())
+        except FileNotFoundError as error:
+            if error.filename == gone:
+                raise
+            gone = error.filename
 
 
 class Claim:
