@@ -6,7 +6,7 @@
 //     right  (16 x 8)   b0: rows 2q and 2q + 1, column g   b1: rows + 8
 //     Sum    (16 x 8)   [0], [1] row g, columns 2q and 2q + 1   [2], [3] row g + 8
 // So a Sum of two neighbouring products, packed, is a Left: what one product gives, the next one takes.
-// Called by attention.cu; tests/cuda_shim/fragments.cpp holds the plain C++ below to it.
+// Called by attention.cu; tests/cuda_shim/fragments.cu holds the plain C++ below to it.
 #pragma once
 
 #include "common.cuh"

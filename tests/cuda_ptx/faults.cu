@@ -55,6 +55,13 @@ __global__ void same_memory(float* a) {
 
 __global__ void between_blocks(float* a) { a[threadIdx.x] += 1.0f; }
 
+// Both blocks read it all before the second one writes.
+__global__ void read_by_another_block(float* a) {
+    const float x = a[N - 1 - threadIdx.x];
+    __syncthreads();
+    if (blockIdx.x == 1) a[threadIdx.x] = x;
+}
+
 // The second block waits for the flag of the first. It is right only with a barrier before the flag is set, and one
 // behind the wait for it.
 template <bool barrier_before, bool barrier_behind>
@@ -101,6 +108,12 @@ __global__ void lanes_missing(float* a) {
     if (threadIdx.x % WARP < 16) a[threadIdx.x] = __shfl_xor_sync(ALL_LANES, a[threadIdx.x], 1);
 }
 
+// In PTX: of an if, the compiler makes a branch.
+__global__ void condition_of_a_barrier(float* a) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.u32 p, %0, 16;\n@p bar.sync 0;\n}" : : "r"(threadIdx.x % WARP) : "memory");
+    a[threadIdx.x] = 1.0f;
+}
+
 __global__ void threads_missing(float* a) {
     if (threadIdx.x >= WARP) return;
     __syncthreads();
@@ -129,6 +142,7 @@ const Fault FAULTS[] = {
     {"overwritten", overwritten},
     {"same_memory", same_memory},
     {"between_blocks", between_blocks, 2},
+    {"read_by_another_block", read_by_another_block, 2},
     {"flag", flag<true, true>, 2},
     {"flag_before_the_barrier", flag<false, true>, 2},
     {"flag_without_a_barrier", flag<true, false>, 2},
@@ -137,6 +151,7 @@ const Fault FAULTS[] = {
     {"copy_left_behind", copy_left_behind},
     {"odd_rows", odd_rows},
     {"lanes_missing", lanes_missing},
+    {"condition_of_a_barrier", condition_of_a_barrier},
     {"threads_missing", threads_missing},
     {"for_ever", for_ever},
     {"few_threads", few_threads},

@@ -124,6 +124,7 @@ Stop Warp::run() {
                         ++at;
                         break;
                     }
+                    if (lanes != on) throw Fault("a condition that not all lanes share");
                     if (lanes != live) {
                         waiting |= lanes;
                         regroup();

@@ -18,7 +18,7 @@ struct Cell {
     uint64_t written = 0, read = 0;
     uint32_t writer_block = 0, reader_block = 0;
     uint16_t writer = 0, reader = 0;
-    enum : uint8_t { NOBODY, ONE, WARP, SEVERAL } readers = NOBODY;
+    enum : uint8_t { NOBODY, ONE, WARP, SEVERAL, BLOCKS } readers = NOBODY;  // BLOCKS: several that nothing orders
     bool atomic = false, pending = false;  // pending: an asynchronous copy that was not waited for writes it
 };
 

@@ -7,10 +7,12 @@
 namespace ptx {
 namespace {
 
+const std::string NOTHING_ORDERS = " with nothing that orders them: ";
+
 [[noreturn]] void race(const std::string& what, const std::string& where, int thread, uint32_t block, uint16_t other,
                        uint32_t other_block) {
     const std::string of = other_block == block ? "" : " of block " + std::to_string(other_block);
-    throw Fault(what + " with nothing that orders them: " + where + ", thread " + std::to_string(other) + of +
+    throw Fault(what + NOTHING_ORDERS + where + ", thread " + std::to_string(other) + of +
                 " and thread " + std::to_string(thread));
 }
 
@@ -36,10 +38,16 @@ void note_read(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t star
             !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
             race("a write and a read", where(), thread, block.number, cell->writer, cell->writer_block);
         if (atomic) continue;  // two of these never meet by accident
-        const bool same_block = cell->reader_block == block.number;
-        if (cell->readers == Cell::NOBODY || cell->read < start || (same_block && cell->read < block.clock))
+        if (cell->readers == Cell::NOBODY || cell->read < start)
             cell->readers = Cell::ONE;
-        else if (!same_block || cell->reader / LANES != thread / LANES)
+        else if (cell->readers == Cell::BLOCKS)
+            ;  // until it is written
+        else if (cell->reader_block != block.number)
+            cell->readers =
+                ordered(warp, thread, cell->reader_block, cell->reader, cell->read) ? Cell::ONE : Cell::BLOCKS;
+        else if (cell->read < block.clock)
+            cell->readers = Cell::ONE;
+        else if (cell->reader / LANES != thread / LANES)
             cell->readers = Cell::SEVERAL;
         else if (cell->reader != thread && cell->readers == Cell::ONE && cell->read >= warp.clock)
             cell->readers = Cell::WARP;
@@ -59,6 +67,8 @@ void note_write(Warp& warp, int thread, Cell* cell, uint32_t count, uint64_t sta
             !ordered(warp, thread, cell->writer_block, cell->writer, cell->written))
             race("two writes", where(), thread, block.number, cell->writer, cell->writer_block);
         if (cell->readers != Cell::NOBODY && cell->read >= start && !(atomic && cell->atomic)) {
+            if (cell->readers == Cell::BLOCKS)
+                throw Fault("reads of several blocks and a write" + NOTHING_ORDERS + where());
             const bool same_warp = cell->reader_block == block.number && cell->reader / LANES == thread / LANES;
             bool before = ordered(warp, thread, cell->reader_block, cell->reader, cell->read);
             if (same_warp && cell->readers == Cell::WARP) before = warp.clock > cell->read;
