@@ -200,6 +200,16 @@ def test_layernorm_backward_of_many_rows_and_of_long_ones(device, dtype, sizes):
     check(OnDevice(device, dtype), cases.Case("layernorm_forward", tuple(sizes.items())))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("V", [1, 13])
+def test_logits_that_are_all_infinite_have_no_loss(device, dtype, V):
+    """What fills the last vector of a row is none of them."""
+    inp, weight = np.full((2, 8), 10, np.float32), np.full((16, 8), -1e38, np.float32)
+    losses = np.zeros(2, np.float32)
+    OnDevice(device, dtype).classifier_forward(inp, weight, np.zeros(2, np.int32), vocab_size=V, losses=losses)
+    assert np.isnan(losses).all()
+
+
 # ---- stochastic rounding ---------------------------------------------------------------------------------------------
 
 STILL = {"learning_rate": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 1}

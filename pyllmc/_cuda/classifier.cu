@@ -47,7 +47,7 @@ loss_kernel(T* logits, const int32_t* targets, float* losses, const float* scale
         if (j + W > V) {
 #pragma unroll
             for (int k = 0; k < W; ++k)
-                if (j + k >= V) x[k] = -FLT_MAX;
+                if (j + k >= V) x[k] = -INFINITY;
         }
         float largest = x[0];
 #pragma unroll
