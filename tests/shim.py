@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,14 +60,18 @@ def missing(backend):
         return ""
     if NVCC is None:
         return "no nvcc, which makes the PTX"
-    text = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+)", text)
+    release = re.search(r"release (\d+)", _version(NVCC))
     return "" if release and int(release[1]) >= 13 else "nvcc is older than 13, whose host code the machine serves"
 
 
 def sources():
     """Every file that a build depends on."""
     return sorted(path for folder in (CUDA, SHIM, MACHINE) for path in folder.iterdir() if path.is_file())
+
+
+@cache
+def _version(program):
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _digest(words, paths):
@@ -84,7 +89,7 @@ def _run(command):
 
 def _compile(source, depends, command):
     """source -> its object file, named by the hash of all that decides what is in it."""
-    target = BUILD / f"{source.stem}-{_digest(command, [source, *depends])}.o"
+    target = BUILD / f"{source.stem}-{_digest([_version(command[0]), *command], [source, *depends])}.o"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.o")
@@ -96,7 +101,7 @@ def _compile(source, depends, command):
 def _cython():
     """ops.pyx as C++."""
     depends = [path for path in sources() if path.suffix in (".pyx", ".pxi", ".pxd")]
-    target = BUILD / f"ops-{_digest([sys.version], depends)}.cpp"
+    target = BUILD / f"ops-{_digest([sys.version, version('cython')], depends)}.cpp"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.cpp")

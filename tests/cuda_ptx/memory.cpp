@@ -371,7 +371,7 @@ void find_memory_step(Instruction& i) {
         else if (word == "param" && words[0] == "ld") i.space = Space::PARAM;
         else if (word == "v2") i.count = 2;
         else if (word == "v4") i.count = 4;
-        else if (word == "cs" || word == "wb" || word == "cg" || word == "nc" || word == "gpu") continue;
+        else if (word == "cs" || word == "wb" || word == "cg" || word == "gpu") continue;
         else if (word == "release" || word == "acquire") i.orders = true;
         else if (k + 1 == words.size() && std::strchr("usbf", word[0]) && word.size() > 1) {
             i.width = static_cast<uint8_t>(std::atoi(std::string(word.substr(1)).c_str()) / 8);
