@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not to_file:
         huggingface.check_new_folder(target)
 
-    def open_one(source: Path):
+    def open_source():
+        source = find_model(args.source)
         read = model_format(source)
         header = read.read_header(source)
         tokenizer = None if to_file else find_tokenizer([model_folder(source)], header.config.vocab_size)
         return source, header.dtype, tokenizer, *read.read_model(source)
 
-    source, dtype, tokenizer, config, flat = opened(lambda: find_model(args.source), open_one)
+    source, dtype, tokenizer, config, flat = opened(open_source)
     dtype = args.dtype or dtype
     if to_file:
         dtype = dtype if dtype in modelfile.DTYPE_VERSIONS else "float32"

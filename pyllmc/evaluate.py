@@ -103,10 +103,12 @@ def asked_for(args: argparse.Namespace) -> dict[str, Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     hardware.set_threads(args.threads)
-    path, model = opened(
-        lambda: find_model(args.model),
-        lambda path: (path, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))),
-    )
+
+    def open_model() -> tuple[Path, GPT2]:
+        path = find_model(args.model)
+        return path, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
+
+    path, model = opened(open_model)
     config = model.config
     T = args.seq_len or config.max_seq_len
     if T > config.max_seq_len:

@@ -338,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     hardware.set_threads(args.threads)
 
-    def open_one(path: Path) -> tuple[Path, Tokenizer, GPT2]:
+    def open_model() -> tuple[Path, Tokenizer, GPT2]:
+        path = find_model(args.checkpoint) if args.checkpoint else newest_model()
         config = model_format(path).read_header(path).config  # so that a wrong file is told before what is beside it
         try:
             tokenizer = find_tokenizer([model_folder(path)], config.vocab_size)
@@ -346,10 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{error} (the model is {path})") from None
         return path, tokenizer, GPT2.from_checkpoint(path, ops=devices.choose(args.device, args.dtype))
 
-    path, tokenizer, model = opened(
-        lambda: find_model(args.checkpoint) if args.checkpoint else newest_model(),
-        open_one,
-    )
+    path, tokenizer, model = opened(open_model)
     print(f"{path}: {model.config.num_parameters:,} parameters", file=sys.stderr)
     if isinstance(tokenizer, TokenIds):
         print("no tokenizer.bin beside it, and not GPT-2's tokens: these are the token ids", file=sys.stderr)

@@ -18,9 +18,9 @@ from .group import Group
 from .settings import Settings, flag
 from .tensors import FLOAT_BYTES, MOST_RECOMPUTE
 
-# The share of free memory that a batch which is proposed leaves: what is free changes with what other programs do, and
-# beside the arrays there are Python's own objects, kernels and graphs that a GPU's driver keeps, gaps between arrays.
-# These are some hundred megabytes, so much of 8 GB; and on the largest GPU the batch loses no speed by it.
+# The share of free memory that a batch which is proposed leaves: half a gigabyte of 8. What is free changes with what
+# other programs do, and beside the arrays there are Python's own objects, kernels and graphs that a GPU's driver keeps,
+# gaps between arrays.
 MARGIN = 1 / 16
 
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from . import huggingface
 from .checkpoint import FILE_NAME, find_latest, list_steps
@@ -35,6 +35,8 @@ from .lock import Lock, locked
 from .logs import LOG_FILE, TIMES_FILE
 from .settings import RECIPE_FILE, RUN_MARK, Settings, save_recipe
 from .tokenizer import TOKENIZER_FILE
+
+Opened = TypeVar("Opened")
 
 # What is written before training begins.
 _PREPARED = (TRAIN_FILE, VAL_FILE, TOKENIZER_FILE, Path(TOKENIZER_FILE).with_suffix(".json").name)
@@ -81,13 +83,13 @@ def find_model(named: Path) -> Path:
     raise ValueError(f"{named}: there is no such model file; name one, or the folder of a run or of Hugging Face")
 
 
-def opened(find: Callable[[], Path], open_one: Callable[[Path], Any]) -> Any:
-    """open_one(find()) of a model file; where a file is gone meanwhile, both once more, until the same one is missing
-    twice: a run that goes on removes its older checkpoints when a newer one is whole."""
+def opened(find_and_open: Callable[[], Opened]) -> Opened:
+    """find_and_open() of a model; where a file is gone in between, once more, until the same one is missing twice: a
+    run that goes on removes its older checkpoints when a newer one is whole."""
     gone = None
     while True:
         try:
-            return open_one(find())
+            return find_and_open()
         except FileNotFoundError as error:
             if error.filename == gone:
                 raise

@@ -176,8 +176,6 @@ cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, 
 
 // ---- for the tests, through ctypes ----------------------------------------------------------------------------------
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // The barriers and waits for copies met since the last call, "file:line" one a line; then forgets them. A wait for
 // copies is where the function is called that holds the instruction.
 EXPORTED int shim_barriers(char* text, int size) {

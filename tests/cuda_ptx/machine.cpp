@@ -68,7 +68,8 @@ std::string place_of(const Kernel& kernel, const Instruction& i) {
 }  // namespace
 
 Stop Warp::run() {
-    Instruction* const code = block->launch->kernel->code.data();
+    Kernel& kernel = *block->launch->kernel;
+    Instruction* const code = kernel.code.data();
     try {
         for (;;) {
             if (at >= other) regroup();
@@ -86,7 +87,7 @@ Stop Warp::run() {
                 lanes &= i.guard_negated ? ~guard : guard;
             }
             if (counting && lanes) {
-                Tally& tally = block->launch->kernel->tallies[at];
+                Tally& tally = kernel.tallies[at];
                 ++tally.warps;
                 tally.lanes += static_cast<uint64_t>(__builtin_popcount(lanes));
             }
@@ -140,8 +141,8 @@ Stop Warp::run() {
             }
         }
     } catch (const Fault& fault) {
-        const Instruction& i = code[std::min<size_t>(at, kernel->code.size() - 1)];
-        throw Fault(place_of(*kernel, i) + kernel->name + ": " + fault.what() +
+        const Instruction& i = code[std::min<size_t>(at, kernel.code.size() - 1)];
+        throw Fault(place_of(kernel, i) + kernel.name + ": " + fault.what() +
                     "; block " + std::to_string(block->index[0]) + " " + std::to_string(block->index[1]) + ", warp " +
                     std::to_string(index) + ", PTX line " + std::to_string(i.line) + ": " + std::string(i.name));
     }
@@ -171,7 +172,6 @@ void start(Block& block, Launch& launch, uint64_t number) {
         Warp& warp = block.warps[k];
         const uint32_t first = static_cast<uint32_t>(k) * LANES, count = std::min<uint32_t>(LANES, threads - first);
         warp.block = &block;
-        warp.kernel = &kernel;
         warp.registers = kernel.image;
         warp.index = static_cast<int>(k);
         warp.all = warp.live = warp.on = count == LANES ? ALL : (1u << count) - 1;

@@ -53,7 +53,6 @@ enum class Stop : uint8_t { DONE, BARRIER, PAUSE };
 
 struct Warp {
     Block* block = nullptr;
-    const Kernel* kernel = nullptr;
     std::vector<unsigned char> registers;
     int index = 0;
     uint32_t all = 0, live = 0;          // lanes that there are, and that have not ended

@@ -46,8 +46,6 @@ struct PreferenceOpaque {
 
 }  // namespace pyllmc::lt
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 constexpr uint64_t MAGIC = 0x636d6c6c7970;

@@ -28,8 +28,6 @@
 
 using namespace pyllmc::nccl;
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 // For the tests: whether groups wait before they begin, the version.

@@ -265,8 +265,6 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 
 // ---- for the tests, through ctypes -----------------------------------------------------------------------------------
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // The GPU that programs find: the driver's CUDA version, 0 for none, how many GPUs it sees, and their major compute
 // capability.
 EXPORTED void shim_gpu(int driver_version, int count, int capability) {

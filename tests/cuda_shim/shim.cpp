@@ -380,8 +380,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 
 // ---- for the tests, through ctypes -----------------------------------------------------------------------------------
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // The barriers and waits for copies met since the last call, "file:line" one a line; then forgets them.
 EXPORTED int shim_barriers(char* text, int size) {
     std::string all;

@@ -9,6 +9,9 @@
 #include <string>
 #include <utility>
 
+// What tests call through ctypes, and what a library offers by its name.
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
 namespace shim {
 
 constexpr size_t MAX_SHARED = 227 << 10;     // of a block on sm_90

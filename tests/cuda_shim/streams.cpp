@@ -129,4 +129,4 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 // For the tests, through ctypes: how often the host waited for a stream since the last call.
-extern "C" __attribute__((visibility("default"))) int shim_waits() { return std::exchange(waits, 0); }
+EXPORTED int shim_waits() { return std::exchange(waits, 0); }
